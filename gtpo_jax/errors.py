@@ -1,0 +1,20 @@
+"""The one exception that means "your input is wrong", and how a command reports it."""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+
+class InputError(ValueError):
+    """Wrong input: the message is one line with the offending value and what would be right."""
+
+
+def run_command(main: Callable[[], None], debug: bool = False) -> None:
+    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except InputError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
