@@ -1,0 +1,1 @@
+"""Tool calls: how they are written (`toolcall`) and where they run (`sandbox`, `worker`)."""
