@@ -1,4 +1,4 @@
-"""The one description of a decoder: everything that differs between families is a field here."""
+"""The one description of a decoder: all that differs between families is a field here."""
 
 import dataclasses
 

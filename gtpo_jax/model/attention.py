@@ -1,0 +1,58 @@
+"""Attention, in the two shapes the decoder needs: packed rows and a cache of slots.
+
+Letters: b rows or slots, t query tokens, s key tokens, k key/value heads, g query heads per
+key/value head, h head width. Scores and softmax are float32 whatever the model's dtype.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+MASKED = -1e30  # finite, so that a row of padding has no NaN
+
+
+class Cache(NamedTuple):
+    """Keys and values of one layer. `slots` names the rows this call works on (None: all)."""
+
+    keys: jax.Array  # [B, kv_heads, S, head_dim]
+    values: jax.Array  # [B, kv_heads, S, head_dim]
+    slots: jax.Array | None = None  # [n] int32; a slot >= B is padding: nothing is written
+
+
+def packed_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
+) -> jax.Array:
+    """Causal attention within segments. q [B,T,heads,h], k and v [B,T,kv_heads,h] -> as q."""
+    rows, length = segment_ids.shape
+    query = q.reshape(rows, length, k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("btkgh,bskh->bkgts", query, k, preferred_element_type=jnp.float32)
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    allowed = same & jnp.tril(jnp.ones((length, length), bool))
+    out = _attend(scores, allowed[:, None, None], "bkgts,bskh->btkgh", v)
+    return out.reshape(q.shape)
+
+
+def cached_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cache: Cache
+) -> tuple[jax.Array, Cache]:
+    """Write k and v at `positions` [n,T] of the cache, attend to all up to each position.
+
+    q [n,T,heads,h], k and v [n,T,kv_heads,h]. A position >= S is padding and is not written.
+    """
+    keys, values, slots = cache
+    rows = jnp.arange(keys.shape[0]) if slots is None else slots
+    keys = keys.at[rows[:, None], :, positions].set(k.astype(keys.dtype), mode="drop")
+    values = values.at[rows[:, None], :, positions].set(v.astype(values.dtype), mode="drop")
+    seen_k, seen_v = (keys, values) if slots is None else (keys[slots], values[slots])
+
+    query = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
+    scores = jnp.einsum("btkgh,bksh->bkgts", query, seen_k, preferred_element_type=jnp.float32)
+    allowed = jnp.arange(keys.shape[2]) <= positions[:, :, None]  # [n,T,S]
+    out = _attend(scores, allowed[:, None, None], "bkgts,bksh->btkgh", seen_v)
+    return out.reshape(q.shape), Cache(keys, values, slots)
+
+
+def _attend(scores: jax.Array, allowed: jax.Array, letters: str, v: jax.Array) -> jax.Array:
+    weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
+    return jnp.einsum(letters, weights.astype(v.dtype), v)

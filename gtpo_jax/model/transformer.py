@@ -1,0 +1,186 @@
+"""The policy: one linen `Block`, scanned over stacked layers to train and to score.
+
+The engine (`model.engine`) applies the same `Block` layer by layer with a cache. There is no
+second model. Parameters: {"embed" [V,D], "layers" (leading axis: layer), "final_norm",
+"head" [D,V] where embeddings are untied}.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gtpo_jax.model.attention import Cache, cached_attention, packed_attention
+from gtpo_jax.model.config import ModelConfig
+
+Params = dict[str, Any]
+
+
+def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
+    """Rotary embedding, Hugging Face's half-rotation form. x [B,T,n,h], positions [B,T]."""
+    half = x.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B,T,1,h/2]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def norm(config: ModelConfig, name: str) -> nn.RMSNorm:
+    return nn.RMSNorm(
+        epsilon=config.norm_eps,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """One layer: attention and SwiGLU, each after an RMSNorm, each added to the residual."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        positions: jax.Array,
+        segment_ids: jax.Array | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, Cache | None]:
+        """x [B,T,D], positions [B,T] -> x, cache.
+
+        Without a cache: packed rows with `segment_ids` [B,T]. With one: keys and values of
+        these tokens are written to it, and attention sees everything in it.
+        """
+        c = self.config
+        rows, length, width = x.shape
+
+        def dense(features: int, name: str, bias: bool = False) -> nn.Dense:
+            return nn.Dense(
+                features,
+                use_bias=bias,
+                dtype=jnp.dtype(c.dtype),
+                param_dtype=jnp.dtype(c.param_dtype),
+                name=name,
+            )
+
+        # [B*T, D]: XLA on CPU multiplies flat matrices faster than batched ones.
+        flat = x.reshape(rows * length, width)
+        normed = norm(c, "attn_norm")(flat)
+
+        def heads(name: str, count: int) -> jax.Array:
+            out = dense(count * c.head_dim, name, c.qkv_bias)(normed)
+            return out.reshape(rows, length, count, c.head_dim)
+
+        q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
+        if c.qk_norm:
+            q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
+        q = rope(q, positions, c.rope_theta) * c.head_dim**-0.5
+        k = rope(k, positions, c.rope_theta)
+        if cache is None:
+            attended = packed_attention(q, k, v, segment_ids)
+        else:
+            attended, cache = cached_attention(q, k, v, positions, cache)
+        flat = flat + dense(width, "o")(attended.reshape(rows * length, -1))
+
+        normed = norm(c, "mlp_norm")(flat)
+        gated = nn.silu(dense(c.hidden, "gate")(normed)) * dense(c.hidden, "up")(normed)
+        flat = flat + dense(width, "down")(gated)
+        return flat.reshape(x.shape), cache
+
+
+class Transformer(nn.Module):
+    """Embedding, stacked layers, final norm; the head is applied by `logits` and `logprobs`."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(
+        self, tokens: jax.Array, positions: jax.Array, segment_ids: jax.Array
+    ) -> jax.Array:
+        """tokens, positions, segment_ids [R,T] -> the last hidden states [R,T,D]."""
+        c = self.config
+        shape, dtype = (c.vocab_size, c.width), jnp.dtype(c.param_dtype)
+        embed = self.param("embed", nn.initializers.normal(0.02), shape, dtype)
+        if not c.tie_embeddings:
+            self.param("head", nn.initializers.normal(c.width**-0.5), shape[::-1], dtype)
+        layers = nn.scan(
+            Block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, nn.broadcast),
+            length=c.layers,
+        )(c, name="layers")
+        x, _ = layers(embed[tokens].astype(c.dtype), positions, segment_ids)
+        return norm(c, "final_norm")(x)
+
+
+def init(config: ModelConfig, seed: int) -> Params:
+    """Fresh parameters. Only the shape of the tokens matters here, so one token will do."""
+    one = jnp.zeros((1, 1), jnp.int32)
+    return Transformer(config).init(jax.random.key(seed), one, one, one)["params"]
+
+
+def head(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """hidden [..., D] -> logits [..., V], float32."""
+    matrix = params["embed"].T if config.tie_embeddings else params["head"]
+    return jnp.dot(hidden, matrix.astype(config.dtype), preferred_element_type=jnp.float32)
+
+
+def logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    """One sequence a row: tokens [B,T] -> logits [B,T,V], float32. For tests and inspection."""
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden = Transformer(config).apply(
+        {"params": params}, tokens, positions, jnp.ones_like(tokens)
+    )
+    return head(config, params, hidden)
+
+
+def logprobs(
+    config: ModelConfig,
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    segment_ids: jax.Array,
+    loss_index: jax.Array,
+    temperature: float = 1.0,
+    chunk: int = 1024,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability and entropy of the tokens listed in `loss_index`, under logits / T.
+
+    tokens, positions, segment_ids [R,T]; loss_index [R,M], positions of sampled tokens filled
+    up with 0. Returns logprobs and entropies [R,T] in nats, float32; 0 where not listed.
+    Logits exist for about `chunk` tokens at a time and are made again in the backward pass,
+    so memory does not grow with T x V. Chunks run along M, so that rows still shard.
+    """
+    rows, listed = loss_index.shape
+    hidden = Transformer(config).apply({"params": params}, tokens, positions, segment_ids)
+    width = min(listed, max(1, chunk // rows))  # listed tokens of a row in one chunk
+    index = jnp.pad(loss_index, ((0, 0), (0, -listed % width)))
+    source = jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)
+    target = jnp.take_along_axis(tokens, index, axis=1)
+
+    @jax.checkpoint
+    def score(chunk_hidden, chunk_target):  # [R,width,D], [R,width]
+        scaled = head(config, params, chunk_hidden) / temperature
+        total = jax.nn.logsumexp(scaled, axis=-1)
+        picked = jnp.take_along_axis(scaled, chunk_target[..., None], axis=-1)[..., 0]
+        mean_logit = jnp.sum(jnp.exp(scaled - total[..., None]) * scaled, axis=-1)
+        return picked - total, jax.lax.stop_gradient(total - mean_logit)
+
+    def chunks(x):  # [R, n*width, ...] -> [n, R, width, ...]
+        return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
+
+    out = jax.lax.map(lambda args: score(*args), (chunks(source), chunks(target)))
+    # Position 0 is never a sampled token: the fill of `loss_index` lands there and is cleared.
+    return tuple(
+        jnp.zeros(tokens.shape, jnp.float32)
+        .at[jnp.arange(rows)[:, None], index]
+        .set(jnp.moveaxis(x, 0, 1).reshape(rows, -1))
+        .at[:, 0]
+        .set(0.0)
+        for x in out
+    )
