@@ -12,7 +12,8 @@ class ModelConfig:
     vocab_size V, width D, `heads` query heads over `kv_heads` key/value heads of `head_dim`,
     `hidden` the SwiGLU width, `max_length` the longest context in tokens. `dtype` is what
     matrix products run in; parameters are kept in `param_dtype`, norms, softmax and
-    logprobs are always computed in float32.
+    logprobs are always computed in float32. `unroll` layers are laid out in one iteration of
+    the training scan: all of them is fastest for a small model, one compiles fastest.
     """
 
     vocab_size: int
@@ -30,6 +31,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     dtype: str = "float32"
     param_dtype: str = "float32"
+    unroll: int = 1
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

@@ -113,6 +113,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
+            unroll=c.unroll,
         )(c, name="layers")
         x, _ = layers(embed[tokens].astype(c.dtype), positions, segment_ids)
         return norm(c, "final_norm")(x)

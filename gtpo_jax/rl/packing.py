@@ -128,15 +128,15 @@ def pack_segments(
     return Batch(
         **ints,
         turn_ids=turn_ids,
-        loss_index=_loss_index(turn_ids),
+        loss_index=loss_index(turn_ids),
         **floats,
         old_logprobs=nothing,
         ref_logprobs=nothing,
     )
 
 
-def _loss_index(turn_ids: np.ndarray) -> np.ndarray:
-    """Positions of sampled tokens, per row, filled with 0. Width: a multiple of T/4, few shapes."""
+def loss_index(turn_ids: np.ndarray) -> np.ndarray:
+    """Positions of sampled tokens, per row, filled with 0; width a multiple of T/4."""
     quarter = max(turn_ids.shape[1] // 4, 1)
     widest = max(int((turn_ids >= 0).sum(axis=1).max()), 1)
     index = np.zeros((len(turn_ids), -(-widest // quarter) * quarter), np.int32)

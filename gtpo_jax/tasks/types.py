@@ -33,3 +33,20 @@ class Task:
     load: Callable[..., list[Problem]]
     answer: Callable[[str], str | None]
     verify: Callable[[Problem, str], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class TraceTurn:
+    """What the policy should write in a turn, and what the tool answers ("" at the end)."""
+
+    text: str
+    feedback: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """A conversation to imitate; `flaw` names what is wrong with it, "" for nothing."""
+
+    problem: Problem
+    turns: tuple[TraceTurn, ...]
+    flaw: str = ""

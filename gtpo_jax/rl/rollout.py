@@ -1,0 +1,269 @@
+"""The host loop that samples trajectories: decode, parse, run the tool, append, go on.
+
+Ragged Python on this side, the engine's fixed shapes on the other. What a turn leads to:
+
+    a valid call                         runs; its output is appended; next turn
+    an invalid call                      an error text that says why is appended; next turn
+    no call, an answer                   ends `finished`; the answer is read from this turn
+    no call, no answer                   ends `void`
+    budget, context or turn limit        ends `truncated`
+    a tool result with status infra      ends `tool_failure`: our fault, never a reward
+
+Everything here is a function of (seed, step) and the weights: trajectories are started in the
+order of problems and members, tools run concurrently but are waited for before the next chunk
+is decoded, and every draw has its trajectory's own key.
+"""
+
+import dataclasses
+import time
+import zlib
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from gtpo_jax.errors import InputError
+from gtpo_jax.model.engine import Engine
+from gtpo_jax.model.sampling import trajectory_keys
+from gtpo_jax.model.tokenizer import Tokenizer
+from gtpo_jax.rl.types import Status, Trajectory, Turn
+from gtpo_jax.tasks.types import Problem, Task
+from gtpo_jax.tools.sandbox import Sandbox
+from gtpo_jax.tools.toolcall import Call, Format
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """Per trajectory: turns, tokens after the prompt (feedback included), feedback characters.
+
+    `system` is put before the problem's messages where it is not empty. `chunk` is how many
+    tokens are decoded between two looks at the text: it changes how much is sampled in vain
+    past the end of a call, never what is kept. `stateful` replays a trajectory's earlier code
+    before each new block.
+    """
+
+    max_turns: int
+    max_tokens: int
+    max_feedback_chars: int = 512
+    system: str = ""
+    chunk: int = 32
+    stateful: bool = False
+
+
+@dataclasses.dataclass
+class RolloutStats:
+    """What a rollout cost. Seconds of tools are those the engine spent waiting."""
+
+    seconds: float = 0.0
+    tool_seconds: float = 0.0
+    sampled: int = 0
+    prefilled: int = 0
+
+    def plus(self, other: "RolloutStats") -> "RolloutStats":
+        """Both together."""
+        mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
+        return RolloutStats(*(a + b for a, b in zip(mine, others, strict=True)))
+
+
+@dataclasses.dataclass
+class _Live:
+    trajectory: Trajectory
+    text_checked: int = 0  # tokens of the open turn already known to hold no complete call
+    done: bool = False
+
+    def end(self, status: Status) -> None:
+        self.trajectory.status = status
+        self.done = True
+
+
+def rollout(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    form: Format,
+    sandbox: Sandbox,
+    task: Task,
+    problems: Sequence[Problem],
+    samples: int,
+    limits: RolloutConfig,
+    seed: int,
+    step: int,
+) -> tuple[list[Trajectory], RolloutStats]:
+    """Sample `samples` trajectories of every problem, in (problem, member) order.
+
+    Raises InputError where a prompt leaves no room in the engine's context.
+    """
+    started, prefilled = time.perf_counter(), engine.prefilled
+    stats = RolloutStats()
+    prompts = {p.id: prompt_tokens(p, tokenizer, limits.system) for p in problems}
+    longest = engine.max_length - limits.max_tokens
+    for name, tokens in prompts.items():
+        if len(tokens) > longest:
+            raise InputError(
+                f"the prompt of {name} has {len(tokens)} tokens, more than "
+                f"rollout.max_prompt_tokens={longest}"
+            )
+    done = [
+        Trajectory(problem, member, prompts[problem.id])
+        for problem in problems
+        for member in range(samples)
+    ]
+    keys = np.asarray(
+        trajectory_keys(
+            seed,
+            step,
+            np.array([zlib.crc32(t.problem.id.encode()) for t in done], np.uint32),
+            np.array([t.member for t in done], np.uint32),
+        )
+    )
+    waiting = deque(range(len(done)))
+    live: dict[int, _Live] = {}
+    holds: dict[int, str] = {}  # slot -> the problem whose prompt its cache begins with
+    while waiting or live:
+        _refill(engine, done, keys, waiting, live, holds)
+        slots = sorted(live)
+        room = [_room(live[s].trajectory, engine, limits) for s in slots]
+        for slot, (tokens, logprobs) in zip(
+            slots, engine.decode(slots, limits.chunk, room), strict=True
+        ):
+            stats.sampled += len(tokens)
+            turn = live[slot].trajectory.turns[-1]
+            turn.tokens += tokens
+            turn.logprobs += logprobs
+        ended = [
+            s for s in slots if _end_turn(engine, s, live[s], tokenizer, form, task, limits)
+        ]
+        _run_tools(engine, ended, live, tokenizer, form, sandbox, limits, stats)
+        for slot in [s for s in ended if live[s].done]:
+            engine.release(slot)
+            del live[slot]
+    stats.seconds = time.perf_counter() - started
+    stats.prefilled = engine.prefilled - prefilled
+    return done, stats
+
+
+def prompt_tokens(problem: Problem, tokenizer: Tokenizer, system: str) -> list[int]:
+    """The problem's messages, after the system text if any, as the tokenizer renders them."""
+    before = ({"role": "system", "content": system},) if system else ()
+    return tokenizer.render((*before, *problem.messages))
+
+
+def _refill(engine, done, keys, waiting, live, holds) -> None:
+    """Fill free slots from the queue: a prompt is prefilled once, its group forks its cache."""
+    free = deque(s for s in range(engine.slots) if s not in live)
+    starts = []  # (slot, index)
+    while free and waiting:
+        problem = done[waiting[0]].problem.id
+        # A free slot that already holds this prompt keeps it; else the first free one.
+        slot = next((s for s in free if holds.get(s) == problem), free[0])
+        free.remove(slot)
+        starts.append((slot, waiting.popleft()))
+    if not starts:
+        return
+    holder: dict[str, int] = {}
+    for slot in sorted(holds):
+        holder.setdefault(holds[slot], slot)
+    # Forks out of slots that this very refill overwrites come first, prefills after them,
+    # forks of the fresh prompts last.
+    old = [(s, i) for s, i in starts if done[i].problem.id in holder]
+    fresh = [(s, i) for s, i in starts if done[i].problem.id not in holder]
+    _fork(engine, done, keys, old, holder)
+    first: dict[str, int] = {}
+    for slot, i in fresh:
+        first.setdefault(done[i].problem.id, slot)
+    heads = [(s, i) for s, i in fresh if first[done[i].problem.id] == s]
+    if heads:
+        index = [i for _, i in heads]
+        engine.prefill(
+            [s for s, _ in heads], [done[i].prompt_tokens for i in index], keys[index]
+        )
+    _fork(engine, done, keys, [(s, i) for s, i in fresh if (s, i) not in heads], first)
+    for slot, i in starts:
+        holds[slot] = done[i].problem.id
+        done[i].turns.append(Turn([], []))
+        live[slot] = _Live(done[i])
+
+
+def _fork(engine, done, keys, starts, holder) -> None:
+    if starts:
+        index = [i for _, i in starts]
+        engine.fork(
+            [holder[done[i].problem.id] for i in index],
+            [s for s, _ in starts],
+            [len(done[i].prompt_tokens) for i in index],
+            keys[index],
+        )
+
+
+def _room(trajectory: Trajectory, engine: Engine, limits: RolloutConfig) -> int:
+    """Tokens this trajectory may still sample."""
+    return min(
+        limits.max_tokens - trajectory.response_length(),
+        engine.max_length - trajectory.length(),
+    )
+
+
+def _end_turn(engine, slot, item: _Live, tokenizer, form, task, limits) -> bool:
+    """Whether the open turn is over. If so, cut it at its end and say what it was."""
+    trajectory = item.trajectory
+    turn = trajectory.turns[-1]
+    complete = form.end_of_call(tokenizer.decode(turn.tokens)) is not None
+    if complete:
+        # The closing mark may span tokens: keep the shortest prefix that completes the call.
+        keep = item.text_checked + 1
+        while form.end_of_call(tokenizer.decode(turn.tokens[:keep])) is None:
+            keep += 1
+        del turn.tokens[keep:], turn.logprobs[keep:]
+        engine.rewind(slot, trajectory.length())
+    elif not (turn.tokens and turn.tokens[-1] in tokenizer.end_ids):
+        item.text_checked = len(turn.tokens)
+        if _room(trajectory, engine, limits) > 0:
+            return False
+        item.end("truncated")
+        return True
+    item.text_checked = 0
+    text = tokenizer.decode(turn.tokens)
+    turn.call = form.parse(text)
+    if turn.call is None:
+        trajectory.answer = task.answer(text)
+        item.end("void" if trajectory.answer is None else "finished")
+        if trajectory.answer is not None:
+            trajectory.correct = task.verify(trajectory.problem, trajectory.answer)
+    elif len(trajectory.turns) == limits.max_turns:
+        item.end("truncated")
+    return True
+
+
+def _run_tools(engine, ended, live, tokenizer, form, sandbox, limits, stats) -> None:
+    """Run the calls of the turns that ended, concurrently, and append what comes back."""
+    going = [s for s in ended if not live[s].done]
+    futures = {}
+    for slot in going:
+        trajectory = live[slot].trajectory
+        call = trajectory.turns[-1].call
+        if isinstance(call, Call):
+            earlier = [t.call.code for t in trajectory.turns[:-1] if isinstance(t.call, Call)]
+            history = tuple(earlier) if limits.stateful else ()
+            setup = trajectory.problem.meta.get("setup", "")
+            futures[slot] = sandbox.submit(call.code, history, setup)
+    waited = time.perf_counter()
+    results = {slot: future.result() for slot, future in futures.items()}
+    stats.tool_seconds += time.perf_counter() - waited
+
+    appended = []
+    for slot in going:
+        trajectory = live[slot].trajectory
+        turn = trajectory.turns[-1]
+        turn.result = results.get(slot)
+        if turn.result is not None and turn.result.status == "infra":
+            live[slot].end("tool_failure")
+            continue
+        outcome = turn.result if slot in results else turn.call  # an Invalid says why
+        feedback = tokenizer.encode(form.feedback(outcome, limits.max_feedback_chars))
+        if len(feedback) >= _room(trajectory, engine, limits):
+            live[slot].end("truncated")
+            continue
+        turn.feedback_tokens = feedback
+        trajectory.turns.append(Turn([], []))
+        appended.append((slot, feedback))
+    if appended:
+        engine.append([s for s, _ in appended], [f for _, f in appended])

@@ -1,0 +1,175 @@
+"""Cold start: supervised fine-tuning on tool-use traces, the tool's output masked.
+
+    python -m gtpo_jax.sft --config=configs/tiny.py --workdir=runs/tiny/sft
+
+The same model, packing, checkpoint and metrics as RL; the loss is -log p of what a policy
+would sample, prompt tokens weighted by `sft.prompt_weight`. With `sft.stop_accuracy` it ends
+once that share of the numbers in held-out right traces is predicted right.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from gtpo_jax import build, parallel
+from gtpo_jax.checkpoint import Checkpoints
+from gtpo_jax.config import parse_command
+from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.evaluate import evaluate
+from gtpo_jax.metrics import MetricsLog
+from gtpo_jax.model.tokenizer import Tokenizer
+from gtpo_jax.rl.losses import LossInputs
+from gtpo_jax.rl.packing import Segment, loss_index, pack_segments
+from gtpo_jax.rl.rollout import prompt_tokens
+from gtpo_jax.rl.types import Batch
+from gtpo_jax.rl.update import TrainState, make_optimizer
+from gtpo_jax.rl.update import build as build_update
+from gtpo_jax.tasks import arithmetic, get_task
+from gtpo_jax.tasks.types import Trace
+from gtpo_jax.tools.toolcall import Format
+
+PACK_TOGETHER = 512  # traces packed at a time: first-fit over all of them would be quadratic
+
+
+def negative_log_likelihood(inputs: LossInputs):
+    """-log p of every token that has a weight."""
+    return -inputs.logprobs, {}
+
+
+def run(config: ConfigDict, workdir: Path) -> TrainState:
+    """Train on the traces of the config's task; evaluate at the end."""
+    if config.task.name != "arithmetic":
+        raise InputError(f"task {config.task.name!r} has no traces; 'arithmetic' has")
+    sft = config.sft
+    with build.sandbox(config) as tools:
+        devices = parallel.make(config.parallel.mapping, config.parallel.devices)
+        policy = build.policy(config, workdir)
+        make = segment_maker(policy.tokenizer, build.form(config), sft.prompt_weight)
+        rows = pack_all(
+            [make(t) for t in arithmetic.traces(config.seed, sft.traces)], sft.row_tokens
+        )
+        right = [t for t in arithmetic.traces(config.seed + 1, 800) if not t.flaw]
+        check = pack_segments([make(t) for t in right[:200]], sft.row_tokens, sft.rows)
+        numbers = number_mask(check, policy.tokenizer)
+
+        optimizer = make_optimizer(
+            sft.optimizer, sft.lr, sft.steps, sft.warmup, sft.schedule, muon_lr=sft.muon_lr
+        )
+        update = build_update(
+            policy.config,
+            negative_log_likelihood,
+            optimizer,
+            devices,
+            sft.rows,
+            chunk=config.update.logprob_chunk,
+        )
+        params = devices.replicate(policy.params)
+        state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
+        log = MetricsLog(workdir, 0)
+        checkpoints = Checkpoints(workdir, keep=1)
+        started = time.perf_counter()
+        step = 0
+        for step, batch in enumerate(walk(rows, sft.rows, sft.steps, config.seed), start=1):
+            state, metrics = update.step(state, batch)
+            if step % sft.check_every == 0 or step == sft.steps:
+                predicted = update.score(state.params, check) > np.log(0.5)
+                accuracy = float(predicted[numbers].mean())
+                metrics = jax.device_get(metrics)
+                log.write(
+                    step,
+                    "sft",
+                    {
+                        "sft/loss": metrics["loss"],
+                        "sft/number_accuracy": accuracy,
+                        "time/total": time.perf_counter() - started,
+                    },
+                    sft.steps,
+                )
+                if 0 < sft.stop_accuracy <= accuracy:
+                    break
+        checkpoints.save(step, state, {"step": step, "consumed": 0, "seed": config.seed})
+
+        engine = build.engine(config, policy)
+        engine.refresh(devices.local(state.params))
+        sample = build.sampler(config, policy, engine, tools, get_task(config.task.name))
+        held_out = build.problems(config, config.task.eval_split)
+        measured, _ = evaluate(sample, held_out, config.task.eval_samples)
+        log.write(step, "eval", measured)
+        checkpoints.close()
+        log.close()
+    return state
+
+
+def segment_maker(tokenizer: Tokenizer, form: Format, prompt_weight: float):
+    """trace -> Segment: prompt at `prompt_weight`, turns at 1, feedback at 0."""
+    end = tokenizer.end_ids[0]
+
+    def make(trace: Trace) -> Segment:
+        prompt = prompt_tokens(trace.problem, tokenizer, "")
+        tokens, turn_ids, weights = (
+            list(prompt),
+            [0] * len(prompt),
+            [prompt_weight] * len(prompt),
+        )
+        for j, turn in enumerate(trace.turns):
+            # A turn ends at the closing mark of its call, else at the end token.
+            closed = form.end_of_call(turn.text) is not None
+            sampled = tokenizer.encode(turn.text) + ([] if closed else [end])
+            feedback = tokenizer.encode(turn.feedback)
+            tokens += sampled + feedback
+            turn_ids += [j] * len(sampled) + [-1] * len(feedback)
+            weights += [1.0] * len(sampled) + [0.0] * len(feedback)
+        turn_ids[0], weights[0] = -1, 0.0  # nothing comes before the first token
+        zeros = np.zeros(len(tokens), np.float32)
+        return Segment(
+            (trace.problem.id,),
+            np.array(tokens, np.int32),
+            np.array(turn_ids, np.int32),
+            zeros,
+            np.array(weights, np.float32),
+            zeros,
+        )
+
+    return make
+
+
+def pack_all(segments: Sequence[Segment], row_tokens: int) -> Batch:
+    """All traces in rows, some hundred packed at a time."""
+    parts = [
+        pack_segments(segments[i : i + PACK_TOGETHER], row_tokens)._replace(loss_index=None)
+        for i in range(0, len(segments), PACK_TOGETHER)
+    ]
+    joined = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
+    return joined._replace(loss_index=loss_index(joined.turn_ids))
+
+
+def walk(rows: Batch, count: int, steps: int, seed: int) -> Iterator[Batch]:
+    """`steps` batches of `count` rows, shuffled anew each epoch, weights summing to 1."""
+    total = len(rows.tokens)
+    per_epoch = total // count
+    for step in range(steps):
+        epoch, place = divmod(step, per_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(total)
+        chosen = order[place * count : (place + 1) * count]
+        batch = Batch(*(x[chosen] for x in rows))
+        yield batch._replace(weights=batch.weights / batch.weights.sum())
+
+
+def number_mask(batch: Batch, tokenizer: Tokenizer) -> np.ndarray:
+    """Where a digit is to be sampled. [R,T] bool."""
+    digits = np.array([tokenizer.decode([i]).isdigit() for i in range(tokenizer.vocab_size)])
+    return digits[batch.tokens] & (batch.turn_ids >= 0) & (batch.weights == 1.0)
+
+
+def main() -> None:
+    """Cold start as the command line says."""
+    config, flags = parse_command()
+    run(config, Path(flags.workdir))
+
+
+if __name__ == "__main__":
+    run_command(main)

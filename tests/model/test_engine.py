@@ -1,0 +1,169 @@
+"""The engine against one full forward pass over the same ids."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gtpo_jax.errors import InputError
+from gtpo_jax.model import sampling, transformer
+from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.engine import Engine
+
+CONFIGS = {
+    "grouped": ModelConfig(61, 32, 3, 4, 2, 8, 48, 96, rope_theta=500.0),
+    "one_kv_head": ModelConfig(61, 24, 2, 3, 1, 8, 40, 96, qkv_bias=True),
+    "qk_norm_untied": ModelConfig(
+        61, 32, 2, 4, 4, 8, 48, 96, qk_norm=True, tie_embeddings=False
+    ),
+}
+
+
+def make(name, slots=5, temperature=0.0, end_ids=(), **options):
+    config = CONFIGS[name]
+    params = jax.tree.map(lambda x: x * 1.5, transformer.init(config, 3))
+    engine = Engine(config, slots, 80, end_ids, temperature, buckets=(8, 16), **options)
+    engine.refresh(params)
+    return config, params, engine
+
+
+def keys(count, seed=0):
+    numbers = np.arange(count, dtype=np.uint32)
+    return np.asarray(sampling.trajectory_keys(seed, 0, numbers, numbers))
+
+
+def full(config, params, tokens):
+    """log p(next token) after each prefix, by one forward pass. [T,V]"""
+    return np.asarray(
+        jax.nn.log_softmax(transformer.logits(config, params, jnp.array([tokens])))
+    )[0]
+
+
+def play(engine, rng, slots, turns=3):
+    """Ragged conversations: prompts, then turns of decode and feedback. -> sampled places."""
+    prompts = [rng.integers(0, 61, rng.integers(1, 14)).tolist() for _ in slots]
+    engine.prefill(slots, prompts, keys(len(slots)))
+    sampled = {s: [] for s in slots}
+    for _ in range(turns):
+        limits = rng.integers(1, 9, len(slots)).tolist()
+        before = {s: len(engine.tokens[s]) for s in slots}
+        for slot, (tokens, logprobs) in zip(
+            slots, engine.decode(slots, 8, limits), strict=True
+        ):
+            sampled[slot] += list(zip(range(before[slot], 80), tokens, logprobs, strict=False))
+        talking = [s for s in slots if rng.random() < 0.8]
+        if talking:
+            engine.append(
+                talking, [rng.integers(0, 61, rng.integers(1, 7)).tolist() for _ in talking]
+            )
+    return sampled
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_multi_turn_greedy_equals_full_forward(name):
+    config, params, engine = make(name, rows=2)
+    rng = np.random.default_rng(1)
+    for slot, sampled in play(engine, rng, [0, 2, 3, 4]).items():
+        reference = full(config, params, engine.tokens[slot])
+        assert len(sampled) >= 3
+        for place, token, logprob in sampled:
+            assert engine.tokens[slot][place] == token
+            assert token == reference[place - 1].argmax()
+            np.testing.assert_allclose(logprob, reference[place - 1, token], atol=1e-4)
+
+
+def test_sampled_logprobs_are_of_the_tempered_distribution():
+    config, params, engine = make("grouped", temperature=0.7)
+    sampled = play(engine, np.random.default_rng(2), [0, 1, 2])
+    for slot, places in sampled.items():
+        logits = transformer.logits(config, params, jnp.array([engine.tokens[slot]]))[0]
+        reference = np.asarray(jax.nn.log_softmax(logits / 0.7))
+        for place, token, logprob in places:
+            np.testing.assert_allclose(logprob, reference[place - 1, token], atol=1e-4)
+
+
+def test_sampling_follows_the_distribution():
+    logits = jnp.log(jnp.array([0.1, 0.2, 0.7]))
+    count = 20000
+    draw = jax.random.split(jax.random.key(0), count)
+    tokens, logprobs = sampling.sample(jnp.tile(logits, (count, 1)), draw, 1.0)
+    shares = np.bincount(np.asarray(tokens), minlength=3) / count
+    # Standard error of a share is at most 0.0036.
+    np.testing.assert_allclose(shares, [0.1, 0.2, 0.7], atol=0.015)
+    np.testing.assert_allclose(logprobs, np.log([0.1, 0.2, 0.7])[np.asarray(tokens)], atol=1e-5)
+
+
+def test_fork_continues_like_a_prefill_of_its_own():
+    _, _, engine = make("grouped", temperature=1.0)
+    prompt = list(range(1, 12))
+    engine.prefill([0], [prompt], keys(1))
+    engine.fork([0, 0], [1, 2], [11, 11], keys(3)[1:])
+    forked = engine.decode([0, 1, 2], 8, [8, 8, 8])
+    assert engine.prefilled == 10  # once for the group, and the last token is decode's
+    _, _, alone = make("grouped", temperature=1.0)
+    alone.prefill([0, 1, 2], [prompt] * 3, keys(3))
+    for (a, la), (b, lb) in zip(forked, alone.decode([0, 1, 2], 8, [8, 8, 8]), strict=True):
+        assert a == b
+        np.testing.assert_allclose(la, lb, atol=1e-5)
+    assert len({tuple(t) for t, _ in forked}) == 3  # keys differ, so members differ
+
+
+def test_rewind_forgets_exactly():
+    config, params, engine = make("grouped")
+    engine.prefill([1], [[5, 6, 7]], keys(1))
+    ((first, _),) = engine.decode([1], 8, [8])
+    engine.rewind(1, 3 + 4)
+    engine.append([1], [[9, 9, 10]])
+    ((after, logprobs),) = engine.decode([1], 5, [5])
+    history = [5, 6, 7, *first[:4], 9, 9, 10, *after]
+    assert engine.tokens[1] == history
+    reference = full(config, params, history)
+    for place, (token, logprob) in enumerate(zip(after, logprobs, strict=True), start=10):
+        np.testing.assert_allclose(logprob, reference[place - 1, token], atol=1e-4)
+
+
+def test_draws_do_not_depend_on_slot_or_neighbours():
+    rng = np.random.default_rng(5)
+    prompts = [rng.integers(0, 61, n).tolist() for n in (4, 9, 2)]
+    _, _, many = make("grouped", slots=5, temperature=1.0)
+    many.prefill([0, 3, 4], prompts, keys(3))
+    together = many.decode([0, 3, 4], 12, [12] * 3)
+    _, _, one = make("grouped", slots=1, temperature=1.0)
+    for i, prompt in enumerate(prompts):
+        one.prefill([0], [prompt], keys(3)[i : i + 1])
+        tokens, logprobs = one.decode([0], 12, [12])[0]
+        assert tokens == together[i][0]
+        np.testing.assert_allclose(logprobs, together[i][1], atol=1e-4)
+
+
+def test_stops_at_end_ids_and_at_its_own_limit():
+    _, _, free = make("grouped", temperature=1.0)
+    free.prefill([0, 1], [[3, 4], [5]], keys(2))
+    longest = [t for t, _ in free.decode([0, 1], 16, [16, 16])]
+    end = longest[0][5]
+    _, _, engine = make("grouped", temperature=1.0, end_ids=(end,))
+    engine.prefill([0, 1], [[3, 4], [5]], keys(2))
+    stopped = [t for t, _ in engine.decode([0, 1], 16, [16, 3])]
+    assert stopped[0] == longest[0][: longest[0].index(end) + 1]
+    assert stopped[1] == longest[1][:3][: stopped[1].index(end) + 1 if end in stopped[1] else 3]
+
+
+def test_never_past_the_context():
+    _, _, engine = make("grouped")
+    engine.prefill([0], [list(range(40))], keys(1))
+    tokens, logprobs = engine.decode([0], 64, [64])[0]
+    assert len(tokens) == len(logprobs) == 40
+    assert engine.decode([0], 64, [64])[0] == ([], [])
+
+
+def test_bad_input_is_named():
+    _, _, engine = make("grouped")
+    with pytest.raises(InputError, match="prompt of 80 tokens"):
+        engine.prefill([0], [[1] * 80], keys(1))
+    with pytest.raises(InputError, match="exceeds the model's context of 96"):
+        Engine(CONFIGS["grouped"], 2, 97, ())
+    engine.prefill([0], [[1] * 70], keys(1))
+    with pytest.raises(ValueError, match="leave no room"):
+        engine.append([0], [[2] * 10])
+    with pytest.raises(ValueError, match="rewind to 71"):
+        engine.rewind(0, 71)

@@ -1,0 +1,264 @@
+"""The table of what a turn leads to, with a scripted engine and the real sandbox.
+
+The scripted engine says what a script says, character by character, with the interface and
+the bookkeeping of the real one; so every row of the table can be brought about at will.
+"""
+
+import pytest
+from gtpo_jax.tools.sandbox import Result, Sandbox
+from gtpo_jax.tools.toolcall import FORMATS, Call, Invalid
+
+from gtpo_jax.errors import InputError
+from gtpo_jax.rl.rollout import RolloutConfig, rollout
+from gtpo_jax.tasks.types import Problem, Task
+from gtpo_jax.tasks.verifiers import boxed, same_number
+
+END = 0
+FORM = FORMATS["markdown"]
+TASK = Task(lambda *_: [], boxed, lambda problem, answer: same_number(problem.answer, answer))
+
+
+class Characters:
+    """A tokenizer whose ids are code points; id 0 ends a turn."""
+
+    end_ids = (END,)
+
+    def encode(self, text):
+        return [ord(c) for c in text]
+
+    def decode(self, ids):
+        return "".join(chr(i) for i in ids if i != END)
+
+    def render(self, messages):
+        return self.encode("".join(m["content"] for m in messages))
+
+
+class Pairs(Characters):
+    """Two characters a token where possible, so that closing marks span tokens."""
+
+    def encode(self, text):
+        pairs = [text[i : i + 2] for i in range(0, len(text), 2)]
+        return [ord(p[0]) * 1000 + (ord(p[1]) if len(p) > 1 else 0) for p in pairs]
+
+    def decode(self, ids):
+        split = (divmod(i, 1000) for i in ids if i != END)
+        return "".join(chr(a) + (chr(b) if b else "") for a, b in split)
+
+
+class ScriptedEngine:
+    """Says `scripts[prompt text][member]`: a list of turns, each ended by END if it says so."""
+
+    def __init__(self, scripts, tokenizer, slots=3, max_length=400):
+        self.scripts, self.tokenizer = scripts, tokenizer
+        self.slots, self.max_length, self.prefilled = slots, max_length, 0
+        self.tokens = [[] for _ in range(slots)]
+        self.script = [None] * slots
+        self.said = [0] * slots
+        self.members = {}
+        self.calls = []
+
+    def _start(self, slot, prompt):
+        text = self.tokenizer.decode(prompt)
+        member = self.members.get(text, 0)
+        self.members[text] = member + 1
+        self.script[slot] = list(self.scripts[text][member])
+        self.tokens[slot], self.said[slot] = list(prompt), 0
+
+    def prefill(self, slots, prompts, keys):
+        self.calls.append(("prefill", tuple(slots)))
+        self.prefilled += sum(map(len, prompts))
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self._start(slot, prompt)
+
+    def fork(self, sources, targets, lengths, keys):
+        prompts = [self.tokens[s][:n] for s, n in zip(sources, lengths, strict=True)]
+        self.calls.append(("fork", tuple(targets)))
+        for slot, prompt in zip(targets, prompts, strict=True):
+            self._start(slot, prompt)
+
+    def append(self, slots, feedback):
+        for slot, tokens in zip(slots, feedback, strict=True):
+            self.tokens[slot] += tokens
+            self.script[slot].pop(0)
+            self.said[slot] = 0
+
+    def decode(self, slots, steps, limits):
+        out = []
+        for slot, limit in zip(slots, limits, strict=True):
+            assert limit > 0
+            turn = self.script[slot][0]
+            ids = self.tokenizer.encode(turn.removesuffix("<end>"))
+            ids += [END] if turn.endswith("<end>") else self.tokenizer.encode("~" * 50)
+            new = ids[self.said[slot] :][: min(steps, limit)]
+            self.said[slot] += len(new)
+            self.tokens[slot] += new
+            out.append((new, [-0.5] * len(new)))
+        return out
+
+    def rewind(self, slot, length):
+        del self.tokens[slot][length:]
+
+    def release(self, slot):
+        pass
+
+
+@pytest.fixture(scope="module")
+def sandbox():
+    with Sandbox(workers=2, isolation="process") as pool:
+        yield pool
+
+
+def play(sandbox, *members, answer="42", tokenizer=None, slots=3, meta=None, **limits):
+    problem = Problem("p", "t", ({"role": "user", "content": "Q?"},), answer, meta or {})
+    settings = RolloutConfig(**{"max_turns": 3, "max_tokens": 200, "chunk": 7, **limits})
+    tokenizer = tokenizer or Characters()
+    engine = ScriptedEngine({"Q?": members}, tokenizer, slots)
+    done, stats = rollout(
+        engine, tokenizer, FORM, sandbox, TASK, [problem], len(members), settings, 0, 0
+    )
+    for t in done:
+        for turn in t.turns:
+            assert len(turn.tokens) == len(turn.logprobs)
+    assert stats.sampled >= sum(t.sampled_length() for t in done)
+    return done[0] if len(done) == 1 else done
+
+
+def block(code):
+    return f"```python\n{code}\n```"
+
+
+def test_valid_call_then_answer(sandbox):
+    t = play(sandbox, [f"Let me see.\n{block('print(6*7)')}", "\\boxed{42}<end>"])
+    assert (t.status, t.correct, t.answer) == ("finished", True, "42")
+    assert t.turns[0].call == Call("print(6*7)")
+    assert t.turns[0].result.status == "ok"
+    decode = Characters().decode
+    # The turn is cut right after the closing mark, whatever was sampled past it.
+    assert decode(t.turns[0].tokens).endswith("\n```")
+    assert decode(t.turns[0].feedback_tokens) == "\n```output\n42\n```\n"
+    assert t.turns[1].call is None and t.turns[1].feedback_tokens == []
+
+
+def test_invalid_call_gets_its_reason_and_another_turn(sandbox):
+    t = play(sandbox, ["```python\nprint(1)<end>", "\\boxed{41}<end>"])
+    assert isinstance(t.turns[0].call, Invalid)
+    assert t.turns[0].result is None
+    assert t.turns[0].call.reason.replace("```", "'''") in Characters().decode(
+        t.turns[0].feedback_tokens
+    )
+    assert (t.status, t.correct) == ("finished", False)
+
+
+def test_a_box_before_a_call_does_not_count(sandbox):
+    t = play(sandbox, [f"\\boxed{{42}}\n{block('print(1)')}", "\\boxed{1}<end>"])
+    assert (len(t.turns), t.answer, t.correct) == (2, "1", False)
+
+
+def test_the_answer_is_read_from_the_last_turn_only(sandbox):
+    t = play(sandbox, [block("print('\\\\boxed{42}')"), "I do not know.<end>"])
+    assert (t.status, t.answer, t.correct) == ("void", None, False)
+
+
+def test_neither_call_nor_answer_is_void(sandbox):
+    t = play(sandbox, ["Hello.<end>"])
+    assert (t.status, t.correct, len(t.turns)) == ("void", False, 1)
+
+
+def test_empty_turn_is_void(sandbox):
+    t = play(sandbox, ["<end>"])
+    assert (t.status, t.turns[0].tokens) == ("void", [END])
+
+
+def test_turn_limit_truncates_and_the_last_call_does_not_run(sandbox):
+    t = play(sandbox, [block("print(1)")] * 3, max_turns=2)
+    assert (t.status, len(t.turns), t.correct) == ("truncated", 2, False)
+    assert t.turns[1].call == Call("print(1)") and t.turns[1].result is None
+
+
+@pytest.mark.parametrize("budget", range(1, 60))
+def test_token_budget_truncates_wherever_it_falls(sandbox, budget):
+    t = play(sandbox, [block("print(12)"), "\\boxed{42}<end>"], max_tokens=budget)
+    assert t.response_length() <= budget
+    assert t.status == ("truncated" if budget < 52 else "finished")
+    assert t.turns[-1].feedback_tokens == []
+
+
+def test_failing_code_is_a_valid_call_that_failed(sandbox):
+    t = play(sandbox, [block("1/0"), "\\boxed{42}<end>"])
+    assert t.turns[0].call == Call("1/0")
+    assert t.turns[0].result.status == "error"
+    assert "line 1: ZeroDivisionError" in Characters().decode(t.turns[0].feedback_tokens)
+    assert t.correct
+
+
+def test_infra_is_tool_failure_and_not_an_answer():
+    class Broken:
+        def submit(self, *_):
+            class Future:
+                def result(self):
+                    return Result("infra", "no worker", 0.0)
+
+            return Future()
+
+    t = play(Broken(), [block("print(1)"), "\\boxed{42}<end>"])
+    assert (t.status, t.correct, len(t.turns)) == ("tool_failure", False, 1)
+
+
+def test_setup_is_there_and_out_of_sight(sandbox):
+    meta = {"setup": "def peek():\n    print(7)\n"}
+    t = play(sandbox, [block("print(peek())"), "\\boxed{7}<end>"], answer="7", meta=meta)
+    assert Characters().decode(t.turns[0].feedback_tokens) == "\n```output\n7\nNone\n```\n"
+
+
+@pytest.mark.parametrize("stateful", [False, True])
+def test_state_across_turns_is_a_choice(sandbox, stateful):
+    script = [block("x = 5"), block("print(x)"), "\\boxed{5}<end>"]
+    t = play(sandbox, script, stateful=stateful)
+    assert t.turns[1].result.status == ("ok" if stateful else "error")
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 64])
+@pytest.mark.parametrize("tokenizer", [Characters(), Pairs()])
+def test_what_is_kept_does_not_depend_on_the_chunk(sandbox, chunk, tokenizer):
+    t = play(
+        sandbox,
+        [f"a{block('print(3)')}", "so \\boxed{3}<end>"],
+        answer="3",
+        chunk=chunk,
+        tokenizer=tokenizer,
+    )
+    assert [tokenizer.decode(u.tokens)[:20] for u in t.turns] == [
+        "a```python\nprint(3)\n"[:20],
+        "so \\boxed{3}",
+    ]
+    # Text past the mark inside its last token stays; whole tokens past it go.
+    assert len(tokenizer.decode(t.turns[0].tokens)) in (23, 24)
+    assert t.correct
+
+
+def test_groups_larger_than_the_slots_prefill_each_prompt_once(sandbox):
+    count = 5
+    tokenizer = Characters()
+    scripts = {
+        f"Q{p}?": [[block(f"print({m})"), f"\\boxed{{{m}}}<end>"] for m in range(count)]
+        for p in range(3)
+    }
+    problems = [
+        Problem(f"p{p}", "t", ({"role": "user", "content": f"Q{p}?"},), "2") for p in range(3)
+    ]
+    engine = ScriptedEngine(scripts, tokenizer, slots=2)
+    limits = RolloutConfig(max_turns=3, max_tokens=200)
+    done, _ = rollout(engine, tokenizer, FORM, sandbox, TASK, problems, count, limits, 0, 0)
+    assert [(t.problem.id, t.member) for t in done] == [
+        (f"p{p}", m) for p in range(3) for m in range(count)
+    ]
+    assert [t.correct for t in done] == [m == 2 for _ in range(3) for m in range(count)]
+    assert engine.prefilled == 3 * len("Q0?")
+
+
+def test_a_prompt_that_does_not_fit_is_named(sandbox):
+    problem = Problem("long", "t", ({"role": "user", "content": "x" * 300},), "1")
+    engine = ScriptedEngine({}, Characters())
+    limits = RolloutConfig(max_turns=2, max_tokens=200)
+    with pytest.raises(InputError, match="the prompt of long has 300 tokens"):
+        rollout(engine, Characters(), FORM, sandbox, TASK, [problem], 1, limits, 0, 0)

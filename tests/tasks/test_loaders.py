@@ -1,0 +1,121 @@
+"""Rows are checked at the door; what is wrong is said in one line, by file and line."""
+
+import json
+import sys
+import types
+
+import pytest
+
+from gtpo_jax.errors import InputError
+from gtpo_jax.tasks import TASKS, get_task
+from gtpo_jax.tasks.loaders import read_jsonl, read_rows
+
+FIELDS = {"question": str, "answer": int}
+GOOD = '{"question": "q", "answer": 3, "more": null}'
+
+
+def write(path, *lines):
+    path.write_bytes(b"\n".join(x if isinstance(x, bytes) else x.encode() for x in lines))
+    return path
+
+
+def test_good_rows_come_in_order_and_blank_lines_are_skipped(tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD, "", "  ", GOOD.replace("3", "4"), "")
+    assert [row["answer"] for row in read_jsonl(path, FIELDS)] == [3, 4]
+    assert next(read_jsonl(str(path), {}))["more"] is None
+
+
+def test_windows_files_with_a_byte_order_mark_are_read(tmp_path):
+    path = write(tmp_path / "a.jsonl", b"\xef\xbb\xbf" + GOOD.encode() + b"\r")
+    assert len(list(read_jsonl(path, FIELDS))) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        (
+            '{"question": "q"}',
+            "field 'answer' is missing; needed: question (str), answer (int)",
+        ),
+        ('{"question": "q", "answer": "3"}', "field 'answer' is str, must be int"),
+        ('{"question": null, "answer": 3}', "field 'question' is null, must be str"),
+        ('{"question": "q", "answer": true}', "field 'answer' is bool, must be int"),
+        ('{"question": "q", "answer": 3.5}', "field 'answer' is float, must be int"),
+        ("[1, 2]", "row is list"),
+        ('{"question": ', "not a JSON object"),
+        (b'{"question": "\xff"}', "not a JSON object"),
+        ('{"question": "q", "answer": ' + "9" * 5000 + "}", "not a JSON object"),
+        ("[" * 100_000, "not a JSON object"),
+    ],
+)
+def test_a_malformed_row_is_named_by_file_and_line(tmp_path, line, part):
+    path = write(tmp_path / "rows.jsonl", GOOD, "", line, GOOD)
+    with pytest.raises(InputError) as error:
+        list(read_jsonl(path, FIELDS))
+    message = str(error.value)
+    assert message.startswith(f"{path}:3: ")
+    assert part in message
+    assert "\n" not in message
+
+
+def test_malformed_rows_are_left_out_and_counted_when_not_strict(tmp_path, caplog):
+    path = write(tmp_path / "a.jsonl", GOOD, "{", '{"question": 1}', GOOD)
+    assert len(list(read_jsonl(path, FIELDS, strict=False))) == 2
+    assert "2 malformed rows" in caplog.text
+
+
+def test_a_float_field_takes_an_int_but_no_bool(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"x": 1}', '{"x": 1.5}', '{"x": false}')
+    rows = read_jsonl(path, {"x": float})
+    assert [next(rows)["x"], next(rows)["x"]] == [1, 1.5]
+    with pytest.raises(InputError, match="field 'x' is bool, must be float"):
+        next(rows)
+
+
+def test_a_missing_file_is_named_with_what_would_be_right(tmp_path):
+    path = tmp_path / "none.jsonl"
+    with pytest.raises(InputError, match=r"none\.jsonl: no such file.*question \(str\)"):
+        list(read_jsonl(path, FIELDS))
+    with pytest.raises(InputError, match=r"none\.jsonl': no such file or folder"):
+        read_rows(path, "train", FIELDS)
+    for wrong in ("neither", "a/b/c", "/no/such/folder", "../gsm8k"):
+        with pytest.raises(InputError, match="owner/name"):
+            read_rows(wrong, "train", FIELDS)
+
+
+def test_a_folder_gives_its_split_and_says_which_it_has(tmp_path):
+    write(tmp_path / "test.jsonl", GOOD)
+    assert len(list(read_rows(tmp_path, "test", FIELDS))) == 1
+    assert len(list(read_rows(tmp_path / "test.jsonl", "any", FIELDS))) == 1
+    with pytest.raises(InputError, match=r"split='train': no .* there: test\.jsonl"):
+        read_rows(str(tmp_path), "train", FIELDS)
+
+
+def test_without_datasets_the_hub_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install gtpo_jax\[hub\]"):
+        read_rows("owner/name", "train", FIELDS)
+
+
+def test_hub_rows_are_checked_and_hub_errors_are_one_line(monkeypatch):
+    def load_dataset(name, config, split):
+        if split != "train":
+            raise ValueError(f'Unknown split "{split}".\nShould be one of train.')
+        assert (name, config) == ("owner/name", "main")
+        return [json.loads(GOOD), {"question": "q"}]
+
+    fake = types.SimpleNamespace(load_dataset=load_dataset)
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    rows = read_rows("owner/name", "train", FIELDS, config="main")
+    assert next(rows)["answer"] == 3
+    with pytest.raises(InputError, match=r"^owner/name\[train\]:2: field 'answer' is missing"):
+        next(rows)
+    with pytest.raises(InputError, match=r"split='dev': the hub says Unknown split") as error:
+        read_rows("owner/name", "dev", FIELDS)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_task_lists_the_known_ones():
+    assert get_task("arithmetic") is TASKS["arithmetic"]
+    with pytest.raises(InputError, match="task='chess': one of arithmetic, gsm8k"):
+        get_task("chess")

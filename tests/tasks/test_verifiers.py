@@ -1,0 +1,112 @@
+"""The last box, and when two texts are the same number."""
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gtpo_jax.tasks.verifiers import boxed, same_number
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    [
+        (r"\boxed{72}", "72"),
+        (r"so \boxed{1} or rather \boxed{2}.", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),
+        (r"\boxed{\}}", r"\}"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{}", ""),
+        ("\\boxed{1\n2}", "1\n2"),
+        ("no box, 72", None),
+        (r"\boxed72", None),
+        (r"\boxed{72", None),
+        (r"\boxed{1} and \boxed{2", None),
+        (r"\boxed{\frac{1}{2}", None),
+        ("\\boxed{1\\", None),
+        ("", None),
+    ],
+)
+def test_boxed(text, content):
+    assert boxed(text) == content
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("3.0", "3"),
+        ("3.", "3"),
+        (".50", "0.5"),
+        ("-0", "0"),
+        ("+7", "7"),
+        ("- 7", "-7"),
+        ("007", "7"),
+        ("$1,080", "1080"),
+        (r"\$1,080.00", "1080"),
+        ("1,234,567", "1234567"),
+        ("10{,}000", "10000"),
+        (r"12,\!345", "12345"),
+        (r"12\,345", "12345"),
+        ("12 345", "12345"),
+        (r"25\%", "25"),
+        ("25 %.", "25"),
+        (r"18\text{ dollars}", "18"),
+        (r"30 \text{ cm}^2", "30"),
+        (r"\ 5 ", "5"),
+        ("0.1", "0.10"),
+    ],
+)
+def test_the_same_number(a, b):
+    assert same_number(a, b)
+    assert same_number(b, a)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("3", "4"),
+        ("0.3", "0.30000000000000004"),
+        ("12345678901234567890", "12345678901234567891"),
+        ("1,2", "12"),  # a pair is no number
+        ("1 2", "12"),
+        ("1-2", "-1"),
+        ("x", "x"),
+        ("", ""),
+        (".", "0"),
+        ("5", "-5"),
+        ("nan", "nan"),
+        ("inf", "inf"),
+        ("1/2", "0.5"),
+        ("9**9**9", "1"),
+        ("1e999999999", "1e999999999"),
+        ("__import__('os')", "0"),
+        ("1_000", "1000"),
+        ("٣", "3"),
+    ],
+)
+def test_not_the_same_number(a, b):
+    assert not same_number(a, b)
+    assert not same_number(b, a)
+
+
+@given(st.decimals(allow_nan=False, allow_infinity=False, places=4, max_value=10**12))
+def test_every_decimal_equals_its_decorated_self(value):
+    text = format(value, "f")
+    assert same_number(text, f"${text}0")
+    assert same_number(text, f" {value:,f} \\text{{ m}}.")
+    assert not same_number(text, format(value + Decimal("0.0001"), "f"))
+
+
+@given(st.text(), st.text(alphabet="\\boxed{}text$,.! 0159e*%^"))
+def test_any_text_is_read_without_raising(a, b):
+    assert same_number(a, b) == same_number(b, a)
+    for text in (a, b, a + "\\boxed{" + b):
+        content = boxed(text)
+        assert content is None or "\\boxed{" + content + "}" in text
+
+
+@given(st.text().filter(lambda text: not set(text) & set("{}\\")), st.text())
+def test_the_last_box_is_found_behind_any_text(content, before):
+    assert boxed(before + "\\boxed{" + content + "}") == content
