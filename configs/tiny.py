@@ -34,15 +34,16 @@ def get_config(algorithm: str | None = None):
     config.rollout.max_feedback_chars = 96
     config.rollout.chunk = 16
 
-    config.update.minibatches = 2
-    config.update.row_tokens = 160
-    config.update.micro_rows = 16
+    config.learn.minibatches = 2
+    config.learn.row_tokens = 160
+    config.learn.micro_rows = 16
 
     config.optim.name = "adamw"
     config.optim.lr = 4e-4
 
     config.sft.traces = 30000
-    config.sft.steps = 4000
+    config.sft.steps = 2400
+    config.sft.schedule = "linear"
     config.sft.rows = 8
     config.sft.row_tokens = 129
     config.sft.stop_accuracy = 0.99

@@ -90,7 +90,7 @@ def default() -> ConfigDict:
                 "options": ConfigDict(type_safe=False),
                 "aggregation": "token_mean",
             },
-            "update": {
+            "learn": {
                 "minibatches": 1,
                 "epochs": 1,
                 "row_tokens": 1024,
@@ -195,7 +195,7 @@ def options_for(function: Callable, options: ConfigDict, what: str) -> dict[str,
 
 def validate(config: ConfigDict) -> None:
     """Refuse what cannot run, before anything is started."""
-    rollout, update = config.rollout, config.update
+    rollout, learn = config.rollout, config.learn
     positive = [
         ("steps", config.steps + 1),
         ("rollout.problems", rollout.problems),
@@ -204,9 +204,9 @@ def validate(config: ConfigDict) -> None:
         ("rollout.max_tokens", rollout.max_tokens),
         ("rollout.chunk", rollout.chunk),
         ("rollout.slots", rollout.slots),
-        ("update.minibatches", update.minibatches),
-        ("update.epochs", update.epochs),
-        ("update.micro_rows", update.micro_rows),
+        ("learn.minibatches", learn.minibatches),
+        ("learn.epochs", learn.epochs),
+        ("learn.micro_rows", learn.micro_rows),
         ("eval_every", config.eval_every),
         ("checkpoint_every", config.checkpoint_every),
         ("trajectories_every", config.trajectories_every),
@@ -214,16 +214,16 @@ def validate(config: ConfigDict) -> None:
     for name, value in positive:
         if value < 1:
             raise InputError(f"{name}={value} must be at least 1")
-    if rollout.problems % update.minibatches:
+    if rollout.problems % learn.minibatches:
         raise InputError(
             f"rollout.problems={rollout.problems} does not divide into "
-            f"update.minibatches={update.minibatches} of whole groups"
+            f"learn.minibatches={learn.minibatches} of whole groups"
         )
     longest = rollout.max_prompt_tokens + rollout.max_tokens
-    if longest > update.row_tokens:
+    if longest > learn.row_tokens:
         raise InputError(
             f"rollout.max_prompt_tokens + rollout.max_tokens = {longest} exceeds "
-            f"update.row_tokens={update.row_tokens}: a trajectory must fit into a row"
+            f"learn.row_tokens={learn.row_tokens}: a trajectory must fit into a row"
         )
     if rollout.temperature <= 0:
         raise InputError(

@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
             optimizer,
             devices,
             sft.rows,
-            chunk=config.update.logprob_chunk,
+            chunk=config.learn.logprob_chunk,
         )
         params = devices.replicate(policy.params)
         state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))

@@ -67,7 +67,7 @@ def run(
         engine = build.engine(config, policy)
         sample = build.sampler(config, policy, engine, tools, get_task(config.task.name))
         optimizer = make_optimizer(
-            steps=config.steps * config.update.epochs * config.update.minibatches,
+            steps=config.steps * config.learn.epochs * config.learn.minibatches,
             **config.optim,
         )
         update = build_update(
@@ -75,9 +75,9 @@ def run(
             loss,
             optimizer,
             devices,
-            config.update.micro_rows,
+            config.learn.micro_rows,
             config.rollout.temperature,
-            config.update.logprob_chunk,
+            config.learn.logprob_chunk,
         )
         params = devices.replicate(policy.params)
         state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
@@ -222,14 +222,14 @@ def learn(
         return pack(
             [trajectories[i] for i in rows],
             advantage[rows],
-            config.update.row_tokens,
+            config.learn.row_tokens,
             config.loss.aggregation,
             config.rollout.max_tokens,
-            config.update.micro_rows,
+            config.learn.micro_rows,
         )
 
     order = np.random.default_rng((config.seed, step, 1)).permutation(groups.max() + 1)
-    parts = np.array_split(order, config.update.minibatches)
+    parts = np.array_split(order, config.learn.minibatches)
     batches = []
     for part in parts:
         if not np.any(np.isin(groups, part) & mask.any(axis=1)):
@@ -242,7 +242,7 @@ def learn(
     if not batches:
         return state, {"loss/tokens": 0.0}
     history = []
-    for _ in range(config.update.epochs):
+    for _ in range(config.learn.epochs):
         for batch in batches:
             state, metrics = update.step(state, batch)
             history.append(metrics)

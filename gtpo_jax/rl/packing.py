@@ -97,7 +97,7 @@ def pack_segments(
         if length > row_tokens:
             raise InputError(
                 f"trajectory {segment.order} has {length} tokens, more than "
-                f"update.row_tokens={row_tokens}; raise it, or lower rollout.max_tokens"
+                f"learn.row_tokens={row_tokens}; raise it, or lower rollout.max_tokens"
             )
         row = next((r for r, left in enumerate(room) if left >= length), None)
         if row is None:

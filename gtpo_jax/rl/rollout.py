@@ -109,8 +109,8 @@ def rollout(
     ]
     keys = np.asarray(
         trajectory_keys(
-            seed,
-            step,
+            np.uint32(seed),
+            np.uint32(step),
             np.array([zlib.crc32(t.problem.id.encode()) for t in done], np.uint32),
             np.array([t.member for t in done], np.uint32),
         )

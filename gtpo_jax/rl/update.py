@@ -53,7 +53,7 @@ def build(
     """
     if micro_rows % parallel.devices:
         raise InputError(
-            f"update.micro_rows={micro_rows} does not divide by {parallel.devices} devices"
+            f"learn.micro_rows={micro_rows} does not divide by {parallel.devices} devices"
         )
 
     def forward(params: Params, batch: Batch):

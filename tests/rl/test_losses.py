@@ -38,21 +38,53 @@ def one_row(ratios, advantages, sampled=None, segments=None, ref=None, behaviour
     )
 
 
-def per_token(name, inputs, jit=False, **options):
-    function = functools.partial(LOSSES[name], **options)
-    loss, _ = (jax.jit(function) if jit else function)(inputs)
-    return np.asarray(loss)
+ROWS, TOKENS = 2, 16  # every call is padded to this shape, so that little is compiled
+
+
+def padded(inputs):
+    def pad(x, fill):
+        sizes = zip((ROWS, TOKENS), x.shape, strict=True)
+        return np.pad(x, [(0, size - n) for size, n in sizes], constant_values=fill)
+
+    return LossInputs(
+        *(
+            None if x is None else pad(x, -1 if field == "turn_ids" else 0)
+            for field, x in inputs._asdict().items()
+        )
+    )
+
+
+def weighted_sum(name, options, wrt, x, inputs):
+    loss, _ = LOSSES[name](inputs._replace(**{wrt: x}), **dict(options))
+    return jnp.sum(inputs.weights * loss), loss
+
+
+@functools.cache
+def function_of(name, options, wrt, jit):
+    """x, inputs -> gradient, per-token loss."""
+    function = functools.partial(weighted_sum, name, options, wrt)
+    grad = jax.grad(function, has_aux=True)
+    return jax.jit(grad) if jit else grad
+
+
+def gradient_and_loss(name, inputs, jit, wrt, options):
+    whole = padded(inputs)
+    function = function_of(name, tuple(options.items()), wrt, jit)
+    out = function(jnp.asarray(getattr(whole, wrt)), whole)
+    rows, tokens = inputs.logprobs.shape
+    for array in out:
+        assert array.shape == (ROWS, TOKENS)
+        assert not np.any(array[rows:]) and not np.any(array[:, tokens:])
+    return [np.asarray(array)[:rows, :tokens] for array in out]
+
+
+def per_token(name, inputs, jit=True, **options):
+    return gradient_and_loss(name, inputs, jit, "logprobs", options)[1]
 
 
 def gradient(name, inputs, jit=True, wrt="logprobs", **options):
     """d sum(weights * per_token_loss) / d wrt, the loss the device computes."""
-
-    def total(x):
-        loss, _ = LOSSES[name](inputs._replace(**{wrt: x}), **options)
-        return jnp.sum(inputs.weights * loss)
-
-    grad = jax.grad(total)
-    return np.asarray((jax.jit(grad) if jit else grad)(jnp.asarray(getattr(inputs, wrt))))
+    return gradient_and_loss(name, inputs, jit, wrt, options)[0]
 
 
 # --- the reference -------------------------------------------------------------------------
@@ -300,13 +332,13 @@ def test_value_and_gradient_match_the_reference(name, options):
         inputs = random_inputs(seed)
         lp = np.asarray(inputs.logprobs, float)
         want = ref_loss(name, inputs, lp, lp, **options)
+        want_grad = ref_gradient(name, inputs, **options)
+        assert np.abs(want_grad).max() > 1e-2  # else it proves nothing
         for jit in (False, True):
             got = per_token(name, inputs, jit, **options)
             np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
-        got = gradient(name, inputs, **options)
-        want = ref_gradient(name, inputs, **options)
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=2e-6)
-        assert np.abs(want).max() > 1e-2  # else it proves nothing
+            got = gradient(name, inputs, jit, **options)
+            np.testing.assert_allclose(got, want_grad, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ["gspo", "gspo_token"])
@@ -351,6 +383,17 @@ def test_a_row_of_padding(name, jit):
     inputs = one_row([1, 1], [0, 0], sampled=[0, 0], segments=[0, 0], ref=[-1, -1])
     assert np.all(per_token(name, inputs, jit, kl_coef=0.1, tis_cap=2.0) == 0)
     assert np.all(gradient(name, inputs, jit, kl_coef=0.1, tis_cap=2.0) == 0)
+
+
+@every_loss
+def test_the_loss_alone_at_its_own_shape(name):
+    """Without padding and without a gradient."""
+    inputs = random_inputs(4)
+    inputs = LossInputs(*(x[:1, :11] for x in inputs))
+    got, _ = LOSSES[name](inputs)
+    lp = np.asarray(inputs.logprobs, float)
+    assert got.shape == (1, 11)
+    np.testing.assert_allclose(got, ref_loss(name, inputs, lp, lp), rtol=2e-5, atol=2e-6)
 
 
 @every_loss

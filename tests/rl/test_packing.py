@@ -25,8 +25,11 @@ def build(shapes):
         for sampled, feedback in turns:
             ids = list(range(token, token + sampled + feedback))
             one.turns.append(
-                Turn(ids[:sampled], [-i / 1000 for i in ids[:sampled]],
-                     feedback_tokens=ids[sampled:])
+                Turn(
+                    ids[:sampled],
+                    [-i / 1000 for i in ids[:sampled]],
+                    feedback_tokens=ids[sampled:],
+                )
             )
             token += sampled + feedback
         trajectories.append(one)
@@ -73,7 +76,9 @@ def check(batch, trajectories, advantages, row_tokens):
         assert batch.turn_ids[r, t] == turn
         assert batch.positions[r, t] == place
         assert home.setdefault(n, (r, t - place, batch.segment_ids[r, t])) == (
-            r, t - place, batch.segment_ids[r, t],
+            r,
+            t - place,
+            batch.segment_ids[r, t],
         )  # one row, one segment, side by side
         if turn >= 0:
             assert batch.advantages[r, t] == np.float32(advantage)
@@ -197,7 +202,8 @@ def test_turns_and_trajectories_without_a_sampled_token(aggregation):
 turn_shapes = st.tuples(st.integers(1, 3), st.integers(0, 3))
 shapes = st.lists(
     st.tuples(st.integers(1, 6), st.lists(turn_shapes, min_size=1, max_size=3)),
-    min_size=1, max_size=8,
+    min_size=1,
+    max_size=8,
 )
 
 

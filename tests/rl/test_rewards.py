@@ -22,8 +22,13 @@ def trajectory(calls, correct=False, status="finished", problem="p", member=0, l
         for call, n in zip(calls, [length] + [1] * len(calls), strict=False)
     ]
     return Trajectory(
-        Problem(problem, "test", (), "42"), member, [1, 2, 3], turns, status,
-        "42" if correct else None, correct,
+        Problem(problem, "test", (), "42"),
+        member,
+        [1, 2, 3],
+        turns,
+        status,
+        "42" if correct else None,
+        correct,
     )
 
 
@@ -45,8 +50,14 @@ TABLE = [
     ("invalid later", [OK, INVALID, NO_CALL], True, "finished", [0, -0.1, 1], 0),
     ("invalid twice", [INVALID, INVALID, NO_CALL], True, "finished", [-0.1, -0.1, 1], 0),
     ("a call that raises is valid", [RAISES, NO_CALL], True, "finished", [0, 1, 0], 1),
-    ("does not compile: valid by default", [UNCOMPILABLE, NO_CALL], True, "finished",
-     [0, 1, 0], 1),
+    (
+        "does not compile: valid by default",
+        [UNCOMPILABLE, NO_CALL],
+        True,
+        "finished",
+        [0, 1, 0],
+        1,
+    ),
     ("void", [OK, NO_CALL], False, "void", [0, 0, 0], 1),
     ("void at once", [NO_CALL], False, "void", [-0.1, 0, 0], 0),
     ("truncated in a call", [OK, OK, OK], False, "truncated", [0, 0, 0], 1),
@@ -88,7 +99,10 @@ def test_groups_are_numbered_by_first_appearance():
     trajectories = [
         trajectory([OK], problem=name, status=status)
         for name, status in [
-            ("z", "finished"), ("a", "tool_failure"), ("z", "void"), ("m", "finished"),
+            ("z", "finished"),
+            ("a", "tool_failure"),
+            ("z", "void"),
+            ("m", "finished"),
             ("a", "finished"),
         ]
     ]
@@ -110,7 +124,8 @@ def test_format_penalty_zero():
 
 
 @pytest.mark.parametrize(
-    "code", ["x = = 1", "print(", "x = '\0'", "s = '\ud800'", "-" * 20000 + "1"],
+    "code",
+    ["x = = 1", "print(", "x = '\0'", "s = '\ud800'", "-" * 20000 + "1"],
     ids=["syntax", "unclosed", "null byte", "surrogate", "too deep"],
 )
 def test_invalid_on_syntax_error(code):
@@ -126,7 +141,8 @@ def test_invalid_on_syntax_error(code):
 
 def test_invalid_on_syntax_error_takes_the_penalty_once_and_spares_run_time_errors():
     got = turn_rewards(
-        trajectory([UNCOMPILABLE, NO_CALL], True), trajectory([RAISES, NO_CALL], True),
+        trajectory([UNCOMPILABLE, NO_CALL], True),
+        trajectory([RAISES, NO_CALL], True),
         invalid_on_syntax_error=True,
     )
     np.testing.assert_allclose(got, [[-0.1, 1, 0], [0, 1, 0]], atol=1e-6)
@@ -204,8 +220,11 @@ def test_the_code_of_all_turns_is_compared():
 
 @pytest.mark.parametrize(
     "status, options",
-    [("tool_failure", {}), ("void", {"drop_void": True}),
-     ("truncated", {"drop_truncated": True})],
+    [
+        ("tool_failure", {}),
+        ("void", {"drop_void": True}),
+        ("truncated", {"drop_truncated": True}),
+    ],
 )
 def test_what_leaves_does_so_before_shaping(status, options):
     """Neither a model for the others' code nor credited itself."""

@@ -83,9 +83,7 @@ def test_only_negative_cosines_give_zero():
 def test_empty_code_is_like_nothing_whatever_the_similarity_says():
     ones = table({}, default=1.0)
     # the wrong one has no code
-    np.testing.assert_array_equal(
-        credit(["", "p"], [0, 1], [0, 0], similarity=ones), [0, 1]
-    )
+    np.testing.assert_array_equal(credit(["", "p"], [0, 1], [0, 0], similarity=ones), [0, 1])
     # one of the two right ones has none, and still counts in |P|: 0.5 / 2 * (0 + 1)
     got = credit(["w", "", "p"], [0, 1, 1], [0, 0, 0], similarity=ones)
     np.testing.assert_allclose(got, [0.25, 1, 1], atol=1e-6)
@@ -136,6 +134,13 @@ def test_nothing_in_common_and_nothing_at_all():
     np.testing.assert_allclose(sim, [[0, 0, 1], [0, 0, 0]], atol=1e-6)
 
 
+def test_names_in_any_script_are_tokens():
+    sim = token_similarity(["é", "变量 = 1"], ["é", "变量 = 1", "其他 = 1"])
+    np.testing.assert_allclose([sim[0, 0], sim[1, 1]], 1, atol=1e-6)
+    assert sim[1, 2] < 1 - 1e-3  # another name is other code
+    assert sim[0, 1] == 0
+
+
 def test_closer_code_is_more_similar():
     target = "total = price * count\nprint(total)"
     near = "total = price * count + 1\nprint(total)"
@@ -164,7 +169,10 @@ def test_no_number_depends_on_the_hash_seed():
     )
     outputs = [
         subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
             env={**os.environ, "PYTHONHASHSEED": seed},
         ).stdout
         for seed in ("1", "2")
