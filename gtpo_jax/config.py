@@ -8,12 +8,16 @@ import difflib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_dict import placeholder
 
 from gtpo_jax.errors import InputError
+from gtpo_jax.rl.advantages import ADVANTAGES
+from gtpo_jax.rl.losses import LOSSES
 
 
 def default() -> ConfigDict:
@@ -84,10 +88,10 @@ def default() -> ConfigDict:
                 "drop_truncated": False,
                 "overlong_buffer": 0,
             },
-            "advantage": {"name": "gtpo", "options": ConfigDict(type_safe=False)},
+            "advantage": {"name": "gtpo", "options": {}},  # filled by `with_algorithm`
             "loss": {
                 "name": "ppo_clip",
-                "options": ConfigDict(type_safe=False),
+                "options": {},  # filled by `with_algorithm`
                 "aggregation": "token_mean",
             },
             "learn": {
@@ -163,13 +167,22 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
 
 
 def with_algorithm(config: ConfigDict, name: str | None) -> ConfigDict:
-    """The config with the overrides of ALGORITHMS[name]; None means gtpo."""
-    for key, value in known(ALGORITHMS, name or "gtpo", "algorithm").items():
-        if isinstance(value, dict):
-            for option, setting in value.items():
-                config[key.split(".")[0]].options[option] = setting
-        else:
-            config.update_from_flattened_dict({key: value})
+    """The config with the overrides of ALGORITHMS[name]; None means gtpo.
+
+    All options of the chosen estimator and loss are written out with their defaults, so that
+    each can be set on the command line.
+    """
+    overrides = dict(known(ALGORITHMS, name or "gtpo", "algorithm"))
+    options = {part: overrides.pop(f"{part}.options", {}) for part in ("advantage", "loss")}
+    config.update_from_flattened_dict(overrides)
+    for part, table in (("advantage", ADVANTAGES), ("loss", LOSSES)):
+        chosen = known(table, config[part].name, part)
+        config[part].options = ConfigDict(
+            {
+                key: placeholder(float) if value is None else value
+                for key, value in {**defaults_of(chosen), **options[part]}.items()
+            }
+        )
     return config
 
 
@@ -180,16 +193,22 @@ def known(table: dict[str, Any], name: str, what: str) -> Any:
     return table[name]
 
 
+def defaults_of(function: Callable) -> dict[str, Any]:
+    """The options of an estimator or a loss, and their defaults."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
+
+
 def options_for(function: Callable, options: ConfigDict, what: str) -> dict[str, Any]:
     """`options` as keyword arguments, after checking that `function` takes each of them."""
-    taken = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    ]
+    taken = defaults_of(function)
     for name in options:
         if name not in taken:
-            raise InputError(f"{what}.options.{name}: it takes {', '.join(taken)}")
+            raise InputError(
+                f"{what}.options.{name}: {function.__name__} takes "
+                f"{', '.join(taken) or 'none'}; choose an algorithm whole, as in "
+                "--config=configs/tiny.py:rloo"
+            )
     return options.to_dict()
 
 
@@ -232,49 +251,53 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def parse_command(
-    argv: Sequence[str] | None = None, extra: Callable[[], None] = lambda: None
-) -> tuple[ConfigDict, flags.FlagValues]:
-    """Read `--config=FILE[:ARG] --workdir=RUN [--config.key=value ...]`.
+def parse_command(argv: Sequence[str] | None = None) -> tuple[ConfigDict, Path]:
+    """Read `--config=FILE.py[:ARG] --workdir=RUN [--config.key=value ...]` -> config, RUN.
 
-    `extra` may define more flags. Raises InputError, in one line, on a flag, a config file or
-    a key that does not exist, with the nearest that does.
+    Raises InputError, in one line, on a flag, a config file or a key that does not exist,
+    with the nearest that does.
     """
+    argv = list(argv or sys.argv)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "FILE.py or FILE.py:ARG", flag_values=values, lock_config=True
     )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
-    extra_flags = extra
-    extra_flags() if extra_flags.__code__.co_argcount == 0 else extra_flags(values)
     try:
-        rest = values(list(argv or sys.argv))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(_flag_problem(error, argv or sys.argv)) from error
-    except FileNotFoundError as error:
-        raise InputError(f"config file not found: {error.filename or error}") from error
+        rest = values(argv)
+        config = values.config
+        if config is not None:
+            config.lock()  # a config whose file failed to load says so when it is touched
+    except Exception as error:  # absl wraps whatever a config file raises
+        raise InputError(_flag_problem(error, argv)) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options begin with --")
-    if values.config is None or values.workdir is None:
+    if config is None or values.workdir is None:
         raise InputError("--config=FILE.py[:ARG] and --workdir=RUN are needed")
-    return values.config, values
+    return config, Path(values.workdir)
 
 
-def _flag_problem(error: Exception, argv: Sequence[str]) -> str:
-    flat = dict(default().iteritems(preserve_field_references=False))
-    keys = list(_flatten(flat))
+def _flag_problem(error: BaseException | None, argv: Sequence[str]) -> str:
+    """One line: the nearest key, the InputError behind it, the missing file, or its own."""
+    keys = _flatten(default())
     for argument in argv:
         name = argument.lstrip("-").split("=")[0]
         if name.startswith("config.") and name[7:] not in keys and ".options." not in name:
             near = difflib.get_close_matches(name[7:], keys, 1, 0.0)
             return f"no config key {name[7:]!r}; did you mean {near[0]!r}?"
-    return str(error).split("\n")[0]
+    lines = [line.strip() for line in str(error).replace("\\n", "\n").splitlines()]
+    if "config file" in lines[0]:  # what went wrong there stands at the end of a traceback
+        files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+        reason = [line for line in lines if line][-1].split("InputError: ")[-1]
+        return f"config {', '.join(files)}: {reason}"
+    return " ".join(lines).strip("\"'")
 
 
-def _flatten(tree: Any, prefix: str = "") -> list[str]:
+def _flatten(tree: ConfigDict, prefix: str = "") -> list[str]:
+    """All keys, dotted."""
     out = []
     for key, value in tree.items():
         path = f"{prefix}{key}"
-        out += _flatten(value, path + ".") if hasattr(value, "items") else [path]
+        out += _flatten(value, path + ".") if isinstance(value, ConfigDict) else [path]
     return out

@@ -9,12 +9,15 @@ class InputError(ValueError):
     """Wrong input: the message is one line with the offending value and what would be right."""
 
 
-def run_command(main: Callable[[], None], debug: bool = False) -> None:
-    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2."""
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2.
+
+    With --debug on the command line the traceback is shown as well.
+    """
     try:
         main()
     except InputError as error:
-        if debug:
+        if "--debug" in sys.argv:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

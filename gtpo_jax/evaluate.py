@@ -7,7 +7,6 @@ evaluates the newest checkpoint of a run and writes eval.json and eval_trajector
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -72,9 +71,8 @@ def rollout_metrics(
 
 def main() -> None:
     """Evaluate the newest checkpoint of a run."""
-    config, flags = parse_command()
+    config, workdir = parse_command()
     validate(config)
-    workdir = Path(flags.workdir)
     with build.sandbox(config) as tools:
         policy = build.from_run(workdir)
         engine = build.engine(config, policy)

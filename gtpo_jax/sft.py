@@ -167,8 +167,8 @@ def number_mask(batch: Batch, tokenizer: Tokenizer) -> np.ndarray:
 
 def main() -> None:
     """Cold start as the command line says."""
-    config, flags = parse_command()
-    run(config, Path(flags.workdir))
+    config, workdir = parse_command()
+    run(config, workdir)
 
 
 if __name__ == "__main__":

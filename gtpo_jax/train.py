@@ -265,9 +265,9 @@ def advantage_metrics(advantage: np.ndarray, mask: np.ndarray) -> dict[str, floa
 
 def main() -> None:
     """Train as the command line says."""
-    config, flags = parse_command()
+    config, workdir = parse_command()
     print(json.dumps({"algorithm": config.advantage.name, "task": config.task.name}))
-    run(config, Path(flags.workdir))
+    run(config, workdir)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def _segment(trajectory: Trajectory, advantages: np.ndarray, weight) -> Segment:
 def pack_segments(
     segments: Sequence[Segment], row_tokens: int, rows_multiple: int = 1
 ) -> Batch:
-    """Place segments in rows. `loss_index` is as wide as the fullest row needs, rounded up."""
+    """Place segments in rows: first-fit decreasing."""
     rows: list[list[Segment]] = []
     room: list[int] = []
     for segment in sorted(segments, key=lambda s: (-len(s.tokens), s.order)):
@@ -136,10 +136,14 @@ def pack_segments(
 
 
 def loss_index(turn_ids: np.ndarray) -> np.ndarray:
-    """Positions of sampled tokens, per row, filled with 0; width a multiple of T/4."""
-    quarter = max(turn_ids.shape[1] // 4, 1)
-    widest = max(int((turn_ids >= 0).sum(axis=1).max()), 1)
-    index = np.zeros((len(turn_ids), -(-widest // quarter) * quarter), np.int32)
+    """Positions of sampled tokens, per row, filled with 0. [R,T] -> [R,M].
+
+    M is three quarters of T where that is enough, else T: two shapes, so two compilations.
+    """
+    length = turn_ids.shape[1]
+    widest = int((turn_ids >= 0).sum(axis=1).max())
+    width = -(-3 * length // 4)
+    index = np.zeros((len(turn_ids), width if widest <= width else length), np.int32)
     for r, row in enumerate(turn_ids):
         sampled = np.flatnonzero(row >= 0)
         index[r, : len(sampled)] = sampled

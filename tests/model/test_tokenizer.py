@@ -223,7 +223,9 @@ def smollm2():
 
 # The vocabulary has no token for some control characters and for bytes of rare planes.
 WRITABLE = st.characters(min_codepoint=9, max_codepoint=0xFFFF, exclude_categories=["Cc", "Cs"])
-CODE = st.sampled_from(["\n", "    ", " ", "7", "12.5", "\t", "def f(x):", "\u00e9", "\u00bd"])
+CODE = st.sampled_from(
+    ["\n", "    ", " ", "7", "  12.5", "\t", "def f(x):", "\u00e9", "\u00bd"]
+)
 MARKS = st.sampled_from(["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<file_sep>"])
 TEXT = st.lists(st.text(WRITABLE, max_size=8) | CODE | MARKS, max_size=12).map("".join)
 

@@ -340,14 +340,18 @@ def test_equal_groups(jit):
         [0.5, 0, 0, 0],  # group 2: one member is equal to itself
         [-0.1, -0.1, -0.1, 1.0],  # group 3: both 0.7, up to rounding
         [-0.1, -0.1, 0.9, 0.0],
-        [1, 0, 0, 0],  # group 4: 1, and one that is out
+        [1, 0, 0, 0],  # group 4: 1 and 1; -0.1 and -0.1 in group 5; one more of each is out
+        [0, 1, 0, 0],
+        [-0.1, 0, 0, 0],
+        [0, -0.1, 0, 0],
+        [0, 0, 0, 0],
         [0, 0, 0, 0],
     ]
-    mask = ragged([2, 4, 2, 2, 1, 4, 3, 1, 0], 4)
-    groups = np.array([0, 0, 1, 1, 2, 3, 3, 4, 4], np.int32)
+    mask = ragged([2, 4, 2, 2, 1, 4, 3, 1, 2, 1, 2, 0, 0], 4)
+    groups = np.array([0, 0, 1, 1, 2, 3, 3, 4, 4, 5, 5, 4, 5], np.int32)
     got = call(equal_groups, rewards_of(turn), mask, groups, jit=jit)
-    assert got.dtype == bool and got.shape == (9,)
-    np.testing.assert_array_equal(got[:8], [1, 1, 0, 0, 1, 1, 1, 1])
+    assert got.dtype == bool and got.shape == (13,)
+    np.testing.assert_array_equal(got[:11], [1, 1, 0, 0, 1, 1, 1, 1, 1, 1, 1])
 
 
 def test_equal_groups_goes_by_the_turn_rewards_and_not_by_the_outcome():
@@ -532,6 +536,13 @@ def test_a_batch_with_nothing_in_it_is_all_zero(jit, name):
     rewards = rewards_of(np.zeros((2, 3)))
     got = call(ADVANTAGES[name], rewards, ragged([0, 0], 3), np.zeros(2, np.int32), jit=jit)
     np.testing.assert_array_equal(got, 0)
+
+
+def test_grpo_takes_the_smaller_and_not_the_product():
+    # an overlong penalty takes the outcome to -1: min(-1, 0) = -1, min(1, 1) = 1
+    rewards = rewards_of([[-1.1], [1.0]], outcome=[-1, 1], format_ok=[0, 1])
+    got = ADVANTAGES["grpo"](rewards, ragged([1, 1], 1), np.zeros(2, np.int32), scale=False)
+    np.testing.assert_allclose(got, [[-1], [1]], atol=1e-6)
 
 
 # --- the trap of equal groups --------------------------------------------------------------
