@@ -50,6 +50,7 @@ def run(
     loss = loss or named(LOSSES, config.loss, "loss")
     advantages = jax.jit(advantages or named(ADVANTAGES, config.advantage, "advantage"))
     similarity = known(SIMILARITIES, config.reward.similarity, "similarity")
+    equal, returns = jax.jit(equal_groups), jax.jit(discounted_returns)
     compiles = CompileCounter()
     with build.sandbox(config) as tools:
         # ---- setup -------------------------------------------------------------------------
@@ -125,7 +126,7 @@ def run(
                 {
                     **rollout_metrics(trajectories, stats),
                     "reward/mean": earned.mean() if len(earned) else 0.0,
-                    "reward/equal_groups": equal_groups(rewards, mask, groups).mean(),
+                    "reward/equal_groups": equal(rewards, mask, groups).mean(),
                     **advantage_metrics(advantage, mask),
                     **learned,
                     "update/tokens_per_s": learned["loss/tokens"] / (ended - updating),
@@ -142,9 +143,7 @@ def run(
                     trajectories,
                     policy.tokenizer,
                     reward=rewards.turn,
-                    discounted_return=np.asarray(
-                        discounted_returns(rewards.turn, mask, gamma_of(config))
-                    ),
+                    discounted_return=np.asarray(returns(rewards.turn, mask, gamma_of(config))),
                     advantage=advantage,
                 )
             if cursor["step"] % config.checkpoint_every == 0 or step + 1 == config.steps:

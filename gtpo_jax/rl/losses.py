@@ -15,6 +15,8 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from gtpo_jax.errors import InputError
+
 Metrics = dict[str, jax.Array]
 
 
@@ -45,7 +47,7 @@ def ppo_clip(
     kl_coef adds the k3 estimate of KL(pi || ref); tis_cap C weights by min(pi_old / mu, C),
     mu the sampler.
     """
-    ratio = jnp.exp(_sampled(inputs, inputs.logprobs - inputs.old_logprobs))
+    ratio = _exp(_sampled(inputs, inputs.logprobs - inputs.old_logprobs))
     return _surrogate(inputs, ratio, clip_low, clip_high, dual_clip, kl_coef, tis_cap)
 
 
@@ -58,7 +60,7 @@ def gspo(
     tis_cap: float | None = None,
 ) -> tuple[jax.Array, Metrics]:
     """GSPO (arXiv 2507.18071): s_i = exp(mean_t log w_{i,t}) in place of the token's ratio."""
-    ratio = jnp.exp(_segment_mean(inputs, inputs.logprobs - inputs.old_logprobs))
+    ratio = _exp(_segment_mean(inputs, inputs.logprobs - inputs.old_logprobs))
     return _surrogate(inputs, ratio, clip_low, clip_high, dual_clip, kl_coef, tis_cap)
 
 
@@ -73,8 +75,7 @@ def gspo_token(
     """GSPO, token form: s_{i,t} = sg[s_i] pi / sg[pi]: the same value, a gradient per token."""
     mean = _segment_mean(inputs, inputs.logprobs - inputs.old_logprobs)
     logprobs = _sampled(inputs, inputs.logprobs)
-    log_ratio = jax.lax.stop_gradient(mean - logprobs) + logprobs
-    ratio = jnp.exp(log_ratio)
+    ratio = _exp(jax.lax.stop_gradient(mean - logprobs) + logprobs)
     return _surrogate(inputs, ratio, clip_low, clip_high, dual_clip, kl_coef, tis_cap)
 
 
@@ -83,6 +84,11 @@ LOSSES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
     "gspo": gspo,
     "gspo_token": gspo_token,
 }
+
+
+def _exp(log_ratio: jax.Array) -> jax.Array:
+    # e^20 is far beyond any clip range; infinity times an advantage of 0 would be NaN.
+    return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
 
 
 def _sampled(inputs: LossInputs, x: jax.Array) -> jax.Array:
@@ -130,7 +136,7 @@ def _surrogate(
     }
     if kl_coef:
         if inputs.ref_logprobs is None:
-            raise ValueError("kl_coef > 0 needs ref_logprobs")
+            raise InputError(f"kl_coef={kl_coef} needs ref_logprobs, and there are none")
         log_ref = _sampled(inputs, inputs.ref_logprobs - inputs.logprobs)
         k3 = jnp.exp(log_ref) - log_ref - 1.0
         loss = loss + kl_coef * k3

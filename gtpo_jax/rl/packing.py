@@ -124,14 +124,13 @@ def pack_segments(
             for name in names:
                 floats[name][place] = getattr(segment, name)
             start += len(segment.tokens)
-    nothing = np.zeros(shape, np.float32)
     return Batch(
         **ints,
         turn_ids=turn_ids,
         loss_index=loss_index(turn_ids),
         **floats,
-        old_logprobs=nothing,
-        ref_logprobs=nothing,
+        old_logprobs=np.zeros(shape, np.float32),
+        ref_logprobs=np.zeros(shape, np.float32),
     )
 
 

@@ -9,10 +9,12 @@ A call that parses and then fails is a valid call that failed. `tool_failure` me
 side failed: such a trajectory leaves here, before shaping and before any statistic.
 """
 
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
 
+from gtpo_jax.errors import InputError
 from gtpo_jax.rl.shaping import Similarity, partial_credit, token_similarity
 from gtpo_jax.rl.types import Rewards, Trajectory, Turn
 from gtpo_jax.tools.toolcall import Call, Invalid
@@ -45,19 +47,22 @@ def score(
     )
     keep = [i for i, t in enumerate(trajectories) if t.turns and t.status not in left_out]
 
+    kept = [trajectories[i] for i in keep]
     shape = (len(trajectories), max_turns)
     turn, mask = np.zeros(shape, np.float32), np.zeros(shape, bool)
     outcome, format_ok = np.zeros(shape[0], np.float32), np.zeros(shape[0], np.float32)
     credit = partial_credit(
-        [all_code(trajectories[i]) for i in keep],
-        [trajectories[i].correct for i in keep],
+        # Without an answer there is no wrong answer to shape: r_acc of void and truncated is 0.
+        [all_code(t) if t.status == "finished" else "" for t in kept],
+        [t.correct for t in kept],
         groups[keep],
         alpha,
         similarity,
     )
-    for i, r_acc in zip(keep, credit, strict=True):
-        trajectory = trajectories[i]
+    for i, trajectory, r_acc in zip(keep, kept, credit, strict=True):
         turns = len(trajectory.turns)
+        if turns > max_turns:
+            raise InputError(f"a trajectory of {turns} turns, but max_turns={max_turns}")
         penalised = [
             has_format_error(t, j == 0, invalid_on_syntax_error)
             for j, t in enumerate(trajectory.turns)
@@ -91,12 +96,16 @@ def overlong_penalty(length: int, max_tokens: int, buffer: int) -> float:
     """DAPO (arXiv 2503.14476): 0 up to max_tokens - buffer, falling linearly to -1."""
     if buffer <= 0:
         return 0.0
+    if max_tokens < buffer:
+        raise InputError(f"overlong_buffer={buffer} needs max_tokens >= it, not {max_tokens}")
     return float(np.clip((max_tokens - buffer - length) / buffer, -1.0, 0.0))
 
 
 def _compiles(code: str) -> bool:
     try:
-        compile(code, "<code>", "exec")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # '\d' is bad style, not a bad call
+            compile(code, "<code>", "exec")
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True

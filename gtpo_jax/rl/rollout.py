@@ -147,6 +147,15 @@ def prompt_tokens(problem: Problem, tokenizer: Tokenizer, system: str) -> list[i
     return tokenizer.render((*before, *problem.messages))
 
 
+def earlier_code(trajectory: Trajectory) -> tuple[str, ...]:
+    """The code to replay: what ran to its end. What overran its limits would overrun again."""
+    return tuple(
+        turn.call.code
+        for turn in trajectory.turns
+        if turn.result is not None and turn.result.status in ("ok", "error")
+    )
+
+
 def _refill(engine, done, keys, waiting, live, holds) -> None:
     """Fill free slots from the queue: a prompt is prefilled once, its group forks its cache."""
     free = deque(s for s in range(engine.slots) if s not in live)
@@ -241,8 +250,7 @@ def _run_tools(engine, ended, live, tokenizer, form, sandbox, limits, stats) -> 
         trajectory = live[slot].trajectory
         call = trajectory.turns[-1].call
         if isinstance(call, Call):
-            earlier = [t.call.code for t in trajectory.turns[:-1] if isinstance(t.call, Call)]
-            history = tuple(earlier) if limits.stateful else ()
+            history = earlier_code(trajectory) if limits.stateful else ()
             setup = trajectory.problem.meta.get("setup", "")
             futures[slot] = sandbox.submit(call.code, history, setup)
     waited = time.perf_counter()

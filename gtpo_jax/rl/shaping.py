@@ -19,7 +19,7 @@ Similarity = Callable[[Sequence[str], Sequence[str]], np.ndarray]
 
 # Names, numbers, strings, then any other visible character: enough of Python's lexis that
 # broken code has tokens too, which the standard tokenizer would refuse to give.
-_TOKEN = re.compile(r"[A-Za-z_]\w*|\d+(?:\.\d+)?|'[^'\n]*'|\"[^\"\n]*\"|\*\*|//|[^\s\w]")
+_TOKEN = re.compile(r"[^\W\d]\w*|\d+(?:\.\d+)?|'[^'\n]*'|\"[^\"\n]*\"|\*\*|//|[^\s\w]")
 _LONGEST = 3
 
 

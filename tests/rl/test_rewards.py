@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from gtpo_jax.errors import InputError
 from gtpo_jax.rl.rewards import score
 from gtpo_jax.rl.types import Trajectory, Turn
 from gtpo_jax.tasks.types import Problem
@@ -213,9 +214,23 @@ def test_the_code_of_all_turns_is_compared():
         return np.ones((len(left), len(right)))
 
     right = trajectory([Call("alpha = 1"), Call("beta = 2"), NO_CALL], True)
-    wrong = trajectory([Call("gamma = 3"), INVALID, Call("delta = 4")], status="truncated")
-    score([right, wrong], 3, similarity=spy)
+    wrong = trajectory([Call("gamma = 3"), INVALID, Call("delta = 4"), NO_CALL])
+    score([right, wrong], 4, similarity=spy)
     assert {"".join(code.split()) for code in seen} == {"alpha=1beta=2", "gamma=3delta=4"}
+
+
+@pytest.mark.parametrize("status", ["void", "truncated"])
+def test_without_an_answer_there_is_no_credit(status):
+    right = trajectory([OK, NO_CALL], True)
+    got = turn_rewards(right, trajectory([OK, NO_CALL], status=status))
+    np.testing.assert_array_equal(got, [[0, 1, 0], [0, 0, 0]])
+
+
+def test_bad_input_is_named():
+    with pytest.raises(InputError, match="3 turns, but max_turns=2"):
+        score([trajectory([OK, OK, NO_CALL])], 2)
+    with pytest.raises(InputError, match="overlong_buffer=10"):
+        score([trajectory([OK, NO_CALL])], 2, overlong_buffer=10)
 
 
 @pytest.mark.parametrize(

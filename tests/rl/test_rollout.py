@@ -5,13 +5,13 @@ the bookkeeping of the real one; so every row of the table can be brought about 
 """
 
 import pytest
-from gtpo_jax.tools.sandbox import Result, Sandbox
-from gtpo_jax.tools.toolcall import FORMATS, Call, Invalid
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.rl.rollout import RolloutConfig, rollout
 from gtpo_jax.tasks.types import Problem, Task
 from gtpo_jax.tasks.verifiers import boxed, same_number
+from gtpo_jax.tools.sandbox import Result, Sandbox
+from gtpo_jax.tools.toolcall import FORMATS, Call, Invalid
 
 END = 0
 FORM = FORMATS["markdown"]
@@ -88,7 +88,7 @@ class ScriptedEngine:
             assert limit > 0
             turn = self.script[slot][0]
             ids = self.tokenizer.encode(turn.removesuffix("<end>"))
-            ids += [END] if turn.endswith("<end>") else self.tokenizer.encode("~" * 50)
+            ids += [END] if turn.endswith("<end>") else self.tokenizer.encode("~" * 500)
             new = ids[self.said[slot] :][: min(steps, limit)]
             self.said[slot] += len(new)
             self.tokens[slot] += new
@@ -222,17 +222,17 @@ def test_state_across_turns_is_a_choice(sandbox, stateful):
 def test_what_is_kept_does_not_depend_on_the_chunk(sandbox, chunk, tokenizer):
     t = play(
         sandbox,
-        [f"a{block('print(3)')}", "so \\boxed{3}<end>"],
+        [f"a\n{block('print(3)')}", "so \\boxed{3}<end>"],
         answer="3",
         chunk=chunk,
         tokenizer=tokenizer,
     )
     assert [tokenizer.decode(u.tokens)[:20] for u in t.turns] == [
-        "a```python\nprint(3)\n"[:20],
+        "a\n```python\nprint(3)\n"[:20],
         "so \\boxed{3}",
     ]
     # Text past the mark inside its last token stays; whole tokens past it go.
-    assert len(tokenizer.decode(t.turns[0].tokens)) in (23, 24)
+    assert len(tokenizer.decode(t.turns[0].tokens)) in (24, 25)
     assert t.correct
 
 
