@@ -121,10 +121,16 @@ def engine(config: ConfigDict, made: Policy) -> Engine:
         made.config,
         slots=min(r.slots, r.problems * r.samples),
         max_length=r.max_prompt_tokens + r.max_tokens,
-        end_ids=made.tokenizer.end_ids,
+        stop_ids=stop_ids(made.tokenizer, form(config)),
         temperature=r.temperature,
         rows=r.prefill_rows,
     )
+
+
+def stop_ids(tokenizer: Tokenizer, chosen: Format) -> tuple[int, ...]:
+    """Where the engine hands back to the host: the end ids and, if one token, a call's mark."""
+    mark = tokenizer.encode(chosen.closing)
+    return (*tokenizer.end_ids, *(mark if len(mark) == 1 else ()))
 
 
 def rollout_config(config: ConfigDict) -> RolloutConfig:

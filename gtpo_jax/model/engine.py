@@ -36,7 +36,7 @@ class Engine:
         config: ModelConfig,
         slots: int,
         max_length: int,
-        end_ids: Sequence[int],
+        stop_ids: Sequence[int],
         temperature: float = 1.0,
         rows: int = 16,
         buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048, 4096),
@@ -61,9 +61,9 @@ class Engine:
             (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
             for _ in range(config.layers)
         ]
-        ends = tuple(int(i) for i in end_ids)
+        stops = tuple(int(i) for i in stop_ids)
         self._decode = jax.jit(
-            functools.partial(_decode, config, ends, temperature),
+            functools.partial(_decode, config, stops, temperature),
             static_argnames="steps",
             donate_argnums=1,
         )
@@ -122,7 +122,7 @@ class Engine:
     ) -> list[tuple[list[int], list[float]]]:
         """Sample up to `steps` tokens in each of `slots`, at most its own of `limits`.
 
-        A slot stops at an end id (which is part of what it sampled). The loop runs on the
+        A slot stops at a stop id (which is part of what it sampled). The loop runs on the
         device and returns when all have stopped. Gives (tokens, logprobs) per slot.
         """
         if self._params is None:
@@ -219,7 +219,7 @@ def _fork(caches, sources):
 
 
 def _decode(
-    config, ends, temperature, params, caches, lengths, pending, room, keys, turns, steps
+    config, stops, temperature, params, caches, lengths, pending, room, keys, turns, steps
 ):
     """The device-side loop. lengths, pending, room, turns [B]; keys [B,2]; see `decode`."""
     slots = lengths.shape[0]
@@ -243,7 +243,7 @@ def _decode(
         new, logprob = sampling.sample(logits, draw_keys, temperature)
         alive, i = state["alive"], state["step"]
         counts = state["counts"] + alive
-        ended = functools.reduce(jnp.logical_or, [new == e for e in ends], ~alive)
+        ended = functools.reduce(jnp.logical_or, [new == s for s in stops], ~alive)
         return {
             "caches": caches,
             "lengths": state["lengths"] + alive,

@@ -28,12 +28,17 @@ class Invalid:
 
 @dataclass(frozen=True)
 class Format:
-    """parse: a turn's text -> its call, what is wrong with it, or None (no call); never raises.
-    end_of_call: index just past the first complete call, or None. feedback: what is appended
-    for a result or an invalid call, its output cut to so many characters."""
+    """How calls are written. Every function takes a turn's text, decoded so far or whole.
+
+    closing: the mark that ends a call. parse: the turn's call, what is wrong with it, or None
+    (no call); never raises. end_of_call: index just past the first complete call, or None;
+    once it is there, more text does not move it. feedback: what is appended for a result or
+    an invalid call, its output cut to so many characters.
+    """
 
     name: str
     system: str
+    closing: str
     parse: Callable[[str], Call | Invalid | None]
     end_of_call: Callable[[str], int | None]
     feedback: Callable[[Result | Invalid, int], str]
@@ -116,6 +121,11 @@ def cut(text: str, max_chars: int) -> str:
 
 FORMATS: dict[str, Format] = {
     "markdown": Format(
-        "markdown", MARKDOWN_SYSTEM, _markdown_parse, _markdown_end, _markdown_feedback
+        "markdown",
+        MARKDOWN_SYSTEM,
+        CLOSING,
+        _markdown_parse,
+        _markdown_end,
+        _markdown_feedback,
     ),
 }

@@ -19,10 +19,10 @@ CONFIGS = {
 }
 
 
-def make(name, slots=5, temperature=0.0, end_ids=(), **options):
+def make(name, slots=5, temperature=0.0, stop_ids=(), **options):
     config = CONFIGS[name]
     params = jax.tree.map(lambda x: x * 1.5, transformer.init(config, 3))
-    engine = Engine(config, slots, 80, end_ids, temperature, buckets=(8, 16), **options)
+    engine = Engine(config, slots, 80, stop_ids, temperature, buckets=(8, 16), **options)
     engine.refresh(params)
     return config, params, engine
 
@@ -136,12 +136,12 @@ def test_draws_do_not_depend_on_slot_or_neighbours():
         np.testing.assert_allclose(logprobs, together[i][1], atol=1e-4)
 
 
-def test_stops_at_end_ids_and_at_its_own_limit():
+def test_stops_at_stop_ids_and_at_its_own_limit():
     _, _, free = make("grouped", temperature=1.0)
     free.prefill([0, 1], [[3, 4], [5]], keys(2))
     longest = [t for t, _ in free.decode([0, 1], 16, [16, 16])]
     end = longest[0][5]
-    _, _, engine = make("grouped", temperature=1.0, end_ids=(end,))
+    _, _, engine = make("grouped", temperature=1.0, stop_ids=(end,))
     engine.prefill([0, 1], [[3, 4], [5]], keys(2))
     stopped = [t for t, _ in engine.decode([0, 1], 16, [16, 3])]
     assert stopped[0] == longest[0][: longest[0].index(end) + 1]
