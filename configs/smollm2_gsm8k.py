@@ -35,6 +35,7 @@ def get_config(argument: str | None = None):
     config.rollout.max_prompt_tokens = 384
     config.rollout.max_tokens = 256 if small else 640
     config.rollout.max_feedback_chars = 256
+    config.rollout.temperature = 0.6  # at 1.0 so small a model, quantised to 4 bits, rambles
 
     config.learn.minibatches = 1 if small else 4
     config.learn.row_tokens = 640 if small else 1024

@@ -14,7 +14,7 @@ from gtpo_jax.config import default, with_algorithm
 def get_config(algorithm: str | None = None):
     """Everything of the tiny run; `algorithm` is gtpo where none is named."""
     config = default()
-    config.steps = 120
+    config.steps = 100
     config.eval_every = 20
     config.checkpoint_every = 20
     config.task.name = "arithmetic"
@@ -22,6 +22,7 @@ def get_config(algorithm: str | None = None):
     config.task.eval_count = 256
     config.task.eval_samples = 1
 
+    config.model.hidden = 512
     config.model.unroll = 2
 
     config.rollout.problems = 16

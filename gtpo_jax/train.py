@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -82,7 +83,8 @@ def run(
         )
         params = devices.replicate(policy.params)
         state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
-        reference = policy.params if config.loss.options.get("kl_coef", 0.0) else None
+        wants_reference = config.loss.options.get("kl_coef", 0.0) > 0
+        reference = jax.tree.map(jnp.array, params) if wants_reference else None
 
         # ---- restore -----------------------------------------------------------------------
         checkpoints = Checkpoints(workdir, config.keep_checkpoints)

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 SCRIPT = """
@@ -17,7 +18,6 @@ from gtpo_jax.rl.losses import LOSSES
 from gtpo_jax.rl.packing import Segment, pack_segments
 from gtpo_jax.rl.update import TrainState, build
 
-mapping, devices, micro, loss = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 config = ModelConfig(61, 32, 2, 4, 2, 8, 48, 64, qk_norm=True)
 rng = np.random.default_rng(0)
 
@@ -30,20 +30,20 @@ def segment(i):
                    rng.normal(size=n).astype(np.float32) * sampled, sampled / 200, -4 * sampled)
 
 batch = pack_segments([segment(i) for i in range(21)], 32, 8)
-devices = parallel.make(mapping, devices)
-assert devices.devices == int(sys.argv[2])
 optimizer = optax.sgd(1.0)
-update = build(config, LOSSES[loss], optimizer, devices, micro)
-params = devices.replicate(transformer.init(config, 0))
-before = jax.device_get(params)
-state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
-batch = batch._replace(old_logprobs=update.score(params, batch))
-state, metrics = update.step(state, batch)
-after = jax.device_get(devices.local(state.params))
-grads = jax.tree.leaves(jax.tree.map(lambda a, b: (a - b).ravel(), before, after))
-np.save(sys.argv[5], np.concatenate(grads))
-np.save(sys.argv[5] + "-scores", batch.old_logprobs)
-print(json.dumps({k: float(v) for k, v in metrics.items()}))
+for case, (mapping, count, micro) in json.loads(sys.argv[1]).items():
+    devices = parallel.make(mapping, count)
+    assert devices.devices == count
+    update = build(config, LOSSES[sys.argv[2]], optimizer, devices, micro)
+    params = devices.replicate(transformer.init(config, 0))
+    before = jax.device_get(params)
+    state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
+    scored = batch._replace(old_logprobs=update.score(params, batch))
+    state, metrics = update.step(state, scored)
+    after = jax.device_get(devices.local(state.params))
+    grads = jax.tree.leaves(jax.tree.map(lambda a, b: (a - b).ravel(), before, after))
+    np.savez(f"{sys.argv[3]}/{case}.npz", gradient=np.concatenate(grads),
+             scores=scored.old_logprobs, **metrics)
 """
 
 CASES = {
@@ -58,31 +58,22 @@ CASES = {
 
 @pytest.mark.parametrize("loss", ["ppo_clip", "gspo"])
 def test_same_gradients_on_any_devices(loss, tmp_path):
-    import numpy as np
-
     flags = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    results = {}
-    for case, (mapping, devices, micro) in CASES.items():
-        path = str(tmp_path / case.replace(" ", "-").replace(",", ""))
-        arguments = [mapping, str(devices), str(micro), loss, path]
-        out = subprocess.run(
-            [sys.executable, "-c", SCRIPT, *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert out.returncode == 0, out.stderr[-2000:]
-        results[case] = (
-            np.load(path + ".npy"),
-            np.load(path + "-scores.npy"),
-            json.loads(out.stdout.splitlines()[-1]),
-        )
-    gradient, scores, metrics = results["one"]
-    assert np.linalg.norm(gradient) > 0.01
-    for case, (other, other_scores, other_metrics) in results.items():
-        difference = np.linalg.norm(other - gradient) / np.linalg.norm(gradient)
+    out = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(CASES), loss, str(tmp_path)],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert out.returncode == 0, out.stderr[-2000:]
+    results = {case: dict(np.load(tmp_path / f"{case}.npz")) for case in CASES}
+    one = results["one"]
+    norm = np.linalg.norm(one["gradient"])
+    assert norm > 0.01
+    for case, got in results.items():
+        difference = np.linalg.norm(got["gradient"] - one["gradient"]) / norm
         assert difference < 1e-5, (case, difference)
-        np.testing.assert_allclose(other_scores, scores, atol=1e-5, err_msg=case)
-        assert other_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6), case
+        np.testing.assert_allclose(got["scores"], one["scores"], atol=1e-5, err_msg=case)
+        for name in ("loss", "tokens", "entropy", "ratio", "grad_norm"):
+            np.testing.assert_allclose(got[name], one[name], rtol=1e-4, atol=1e-6, err_msg=case)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from gtpo_jax import checkpoint, metrics, train
+from gtpo_jax.errors import run_command
 from gtpo_jax.rl import record
 from gtpo_jax.rl.advantages import discounted_returns, gtpo
 from gtpo_jax.rl.losses import LossInputs, ppo_clip
@@ -182,11 +183,14 @@ def test_nothing_compiles_after_warm_up(whole):
 
 
 def test_a_run_can_start_from_another(whole, tmp_path):
-    process = start(tmp_path, **{"model.init_from": whole, "steps": 0})
+    kl = {"loss.options.kl_coef": 0.1}
+    process = start(tmp_path, **{"model.init_from": whole, "steps": 1, **kl})
     out, _ = process.communicate()
     assert process.returncode == 0, out
     evals = [m["eval/accuracy"] for m in metrics.read(whole) if m["phase"] == "eval"]
-    assert metrics.read(tmp_path)[0]["eval/accuracy"] == evals[-1]
+    first, step, _ = metrics.read(tmp_path)
+    assert first["eval/accuracy"] == evals[-1]
+    assert step["loss/kl_ref"] == pytest.approx(0, abs=1e-6)  # it is its own reference still
 
 
 def test_problems_are_walked_epoch_by_epoch():
@@ -215,58 +219,56 @@ WRONG = {
     "unknown loss": (["--config.loss.name=x"], "one of ppo_clip"),
     "unknown task": (["--config.task.name=chess"], "arithmetic, gsm8k"),
     "unknown mapping": (["--config.parallel.mapping=grid"], "mesh, pmap"),
-    "top-k while training": (["--config.rollout.temperature=0"], "rollout.temperature=0"),
+    "greedy while training": (["--config.rollout.temperature=0"], "rollout.temperature=0"),
 }
 
 
+def refused(monkeypatch, capsys, argv):
+    """What the command prints on stderr; it must end with exit code 2."""
+    monkeypatch.setattr(sys, "argv", ["train", *argv])
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(train.main)
+    assert stopped.value.code == 2
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("error: ")]
+    assert len(lines) == 1
+    return lines[0]
+
+
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_input_is_one_clear_line_and_exit_code_2(case, tmp_path):
+def test_wrong_input_is_one_clear_line(case, tmp_path, monkeypatch, capsys):
     flags, expected = WRONG[case]
-    out = subprocess.run(
-        command(tmp_path, *flags), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert out.returncode == 2, out.stderr
-    errors = [line for line in out.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and expected in errors[0]
-    assert "Traceback" not in out.stderr
+    arguments = command(tmp_path, *flags)[3:]
+    assert expected in refused(monkeypatch, capsys, arguments)
 
 
-def test_a_missing_config_and_a_wrong_algorithm_are_named(tmp_path):
+def test_a_missing_config_and_a_wrong_algorithm_are_named(monkeypatch, capsys):
     for config, expected in (
         ("configs/none.py", "configs/none.py"),
-        ("configs/tiny.py:gpto", "gtpo, grpo"),
+        ("configs/tiny.py:gpto", "one of gtpo, grpo"),
     ):
-        out = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "gtpo_jax.train",
-                f"--config={config}",
-                f"--workdir={tmp_path}",
-            ],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert out.returncode == 2, out.stderr
-        assert expected in out.stderr and "Traceback" not in out.stderr
+        arguments = [f"--config={config}", "--workdir=unused"]
+        assert expected in refused(monkeypatch, capsys, arguments)
 
 
-def test_a_data_file_with_a_broken_row_is_named(tmp_path):
+def test_a_data_file_with_a_broken_row_is_named(tmp_path, monkeypatch, capsys):
     (tmp_path / "train.jsonl").write_text('{"question": "1+1?", "answer": "#### 2"}\n{"quest\n')
+    task = ("--config.task.name=gsm8k", f"--config.task.path={tmp_path}")
+    arguments = command(tmp_path / "run", *task)[3:]
+    assert "train.jsonl:2" in refused(monkeypatch, capsys, arguments)
+
+
+def test_the_command_itself_ends_with_one_line_and_exit_code_2(tmp_path):
     out = subprocess.run(
-        command(
-            tmp_path / "run",
-            *("--config.task.name=gsm8k", f"--config.task.path={tmp_path}"),
-        ),
+        command(tmp_path, "--config.rolout.samples=4"),
         cwd=ROOT,
         capture_output=True,
         text=True,
         check=False,
     )
     assert out.returncode == 2
-    assert "train.jsonl:2" in out.stderr and "Traceback" not in out.stderr
+    message = "error: no config key 'rolout.samples'; did you mean 'rollout.samples'?"
+    assert out.stderr.splitlines() == [message]
 
 
 def test_load_params_of_an_empty_folder_is_named(tmp_path):
