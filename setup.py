@@ -26,7 +26,7 @@ setup(
     install_requires=[
         "jax>=0.10",
         "flax>=0.10.4",
-        "optax>=0.2.5",
+        "optax>=0.2.6",
         "orbax-checkpoint>=0.11",
         "chex>=0.1.89",
         "ml-collections>=1.0",

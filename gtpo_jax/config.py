@@ -251,13 +251,13 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def parse_command(argv: Sequence[str] | None = None) -> tuple[ConfigDict, Path]:
+def parse_command() -> tuple[ConfigDict, Path]:
     """Read `--config=FILE.py[:ARG] --workdir=RUN [--config.key=value ...]` -> config, RUN.
 
     Raises InputError, in one line, on a flag, a config file or a key that does not exist,
     with the nearest that does.
     """
-    argv = list(argv or sys.argv)
+    argv = sys.argv  # config_flags looks there for overrides, whatever it is given
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "FILE.py or FILE.py:ARG", flag_values=values, lock_config=True

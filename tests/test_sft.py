@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from configs import tiny
 from gtpo_jax import metrics, sft
-from gtpo_jax.config import parse_command
 from gtpo_jax.model.tokenizer import train_sentencepiece
 from gtpo_jax.tasks import arithmetic
 from gtpo_jax.tools.toolcall import FORMATS
@@ -64,23 +64,21 @@ def test_number_mask_is_the_digits_of_turns(tokenizer):
 
 
 def test_loss_falls_and_the_run_is_written_down(tmp_path):
-    config, run = parse_command(
-        [
-            "sft",
-            "--config=configs/tiny.py",
-            f"--workdir={tmp_path}",
-            "--config.sft.steps=40",
-            "--config.sft.traces=400",
-            "--config.sft.check_every=20",
-            "--config.task.eval_count=8",
-            "--config.rollout.slots=8",
-            "--config.model.width=32",
-            "--config.model.hidden=64",
-            "--config.model.head_dim=8",
-            "--config.sandbox.isolation=process",
-            "--config.sandbox.workers=1",
-        ]
-    )
+    config = tiny.get_config()
+    overrides = {
+        "sft.steps": 40,
+        "sft.traces": 400,
+        "sft.check_every": 20,
+        "task.eval_count": 8,
+        "rollout.slots": 8,
+        "model.width": 32,
+        "model.hidden": 64,
+        "model.head_dim": 8,
+        "sandbox.isolation": "process",
+        "sandbox.workers": 1,
+    }
+    config.update_from_flattened_dict(overrides)
+    run = tmp_path / "sft"
     sft.run(config, run)
     lines = metrics.read(run)
     losses = [line["sft/loss"] for line in lines if line["phase"] == "sft"]
