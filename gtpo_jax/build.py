@@ -20,7 +20,7 @@ from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.model.transformer import Params
-from gtpo_jax.rl.rollout import RolloutConfig, RolloutStats, rollout
+from gtpo_jax.rl.rollout import RolloutConfig, RolloutStats, prompt_tokens, rollout
 from gtpo_jax.rl.types import Trajectory
 from gtpo_jax.tasks import arithmetic, get_task
 from gtpo_jax.tasks.types import Problem, Task
@@ -125,6 +125,13 @@ def engine(config: ConfigDict, made: Policy) -> Engine:
         temperature=r.temperature,
         rows=r.prefill_rows,
     )
+
+
+def check_prompts(config: ConfigDict, made: Policy, chosen: Sequence[Problem]) -> None:
+    """Refuse a prompt that is too long now, not in the middle of a run."""
+    system, longest = rollout_config(config).system, config.rollout.max_prompt_tokens
+    for problem in chosen:
+        prompt_tokens(problem, made.tokenizer, system, longest)
 
 
 def stop_ids(tokenizer: Tokenizer, chosen: Format) -> tuple[int, ...]:

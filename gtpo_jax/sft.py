@@ -48,7 +48,9 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
     with build.sandbox(config) as tools:
         devices = parallel.make(config.parallel.mapping, config.parallel.devices)
         policy = build.policy(config, workdir)
-        make = segment_maker(policy.tokenizer, build.form(config), sft.prompt_weight)
+        make = segment_maker(
+            policy.tokenizer, build.form(config), sft.prompt_weight, sft.row_tokens
+        )
         rows = pack_all(
             [make(t) for t in arithmetic.traces(config.seed, sft.traces)], sft.row_tokens
         )
@@ -104,12 +106,12 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
     return state
 
 
-def segment_maker(tokenizer: Tokenizer, form: Format, prompt_weight: float):
+def segment_maker(tokenizer: Tokenizer, form: Format, prompt_weight: float, longest: int):
     """trace -> Segment: prompt at `prompt_weight`, turns at 1, feedback at 0."""
     end = tokenizer.end_ids[0]
 
     def make(trace: Trace) -> Segment:
-        prompt = prompt_tokens(trace.problem, tokenizer, "")
+        prompt = prompt_tokens(trace.problem, tokenizer, "", longest)
         tokens, turn_ids, weights = (
             list(prompt),
             [0] * len(prompt),

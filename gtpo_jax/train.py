@@ -66,6 +66,7 @@ def run(
 
         # ---- model -------------------------------------------------------------------------
         policy = build.policy(config, workdir)
+        build.check_prompts(config, policy, problems + held_out)
         engine = build.engine(config, policy)
         sample = build.sampler(config, policy, engine, tools, get_task(config.task.name))
         optimizer = make_optimizer(

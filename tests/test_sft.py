@@ -17,7 +17,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_feedback_is_masked_and_the_prompt_weighs_less(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
     trace = next(t for t in arithmetic.traces(0, 200) if len(t.turns) == 3 and not t.flaw)
     segment = make(trace)
     prompt = len(tokenizer.render(trace.problem.messages))
@@ -38,14 +38,14 @@ def test_feedback_is_masked_and_the_prompt_weighs_less(tokenizer):
 
 
 def test_an_unclosed_call_ends_with_the_end_token(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
     trace = next(t for t in arithmetic.traces(0, 500) if t.flaw == "unclosed")
     tokens = make(trace).tokens
     assert list(tokens).count(tokenizer.end_ids[0]) == 2  # of the broken call and of the box
 
 
 def test_walk_sees_each_row_once_an_epoch_and_weights_sum_to_one(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
     rows = sft.pack_all([make(t) for t in arithmetic.traces(0, 200)], 129)
     count = len(rows.tokens) // 4
     batches = list(sft.walk(rows, 4, count, seed=0))
@@ -56,7 +56,7 @@ def test_walk_sees_each_row_once_an_epoch_and_weights_sum_to_one(tokenizer):
 
 
 def test_number_mask_is_the_digits_of_turns(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
     trace = next(t for t in arithmetic.traces(0, 50) if not t.flaw)
     rows = sft.pack_all([make(trace)], 129)
     digits = sum(c.isdigit() for turn in trace.turns for c in turn.text)

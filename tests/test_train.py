@@ -193,6 +193,16 @@ def test_a_run_can_start_from_another(whole, tmp_path):
     assert step["loss/kl_ref"] == pytest.approx(0, abs=1e-6)  # it is its own reference still
 
 
+def test_evaluate_gives_the_numbers_of_the_run(whole):
+    arguments = command(whole)
+    arguments[2] = "gtpo_jax.evaluate"
+    out = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
+    evals = [m["eval/accuracy"] for m in metrics.read(whole) if m["phase"] == "eval"]
+    assert json.loads((whole / "eval.json").read_text())["eval/accuracy"] == evals[-1]
+    assert "over 4 trajectories" in out.stdout
+    assert len(record.read(whole / "eval_trajectories.jsonl")) == 4
+
+
 def test_problems_are_walked_epoch_by_epoch():
     items = list(range(10))
     walked = train.take(items, 0, 25, seed=3)
@@ -217,6 +227,7 @@ WRONG = {
     "row too short": (["--config.learn.row_tokens=50"], "learn.row_tokens=50"),
     "unknown advantage": (["--config.advantage.name=ppo"], "one of gtpo, grpo"),
     "unknown loss": (["--config.loss.name=x"], "one of ppo_clip"),
+    "prompt too long": (["--config.rollout.max_prompt_tokens=8"], "max_prompt_tokens=8"),
     "unknown task": (["--config.task.name=chess"], "arithmetic, gsm8k"),
     "unknown mapping": (["--config.parallel.mapping=grid"], "mesh, pmap"),
     "greedy while training": (["--config.rollout.temperature=0"], "rollout.temperature=0"),

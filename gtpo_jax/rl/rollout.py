@@ -94,14 +94,8 @@ def rollout(
     """
     started, prefilled = time.perf_counter(), engine.prefilled
     stats = RolloutStats()
-    prompts = {p.id: prompt_tokens(p, tokenizer, limits.system) for p in problems}
     longest = engine.max_length - limits.max_tokens
-    for name, tokens in prompts.items():
-        if len(tokens) > longest:
-            raise InputError(
-                f"the prompt of {name} has {len(tokens)} tokens, more than "
-                f"rollout.max_prompt_tokens={longest}"
-            )
+    prompts = {p.id: prompt_tokens(p, tokenizer, limits.system, longest) for p in problems}
     done = [
         Trajectory(problem, member, prompts[problem.id])
         for problem in problems
@@ -141,10 +135,21 @@ def rollout(
     return done, stats
 
 
-def prompt_tokens(problem: Problem, tokenizer: Tokenizer, system: str) -> list[int]:
-    """The problem's messages, after the system text if any, as the tokenizer renders them."""
+def prompt_tokens(
+    problem: Problem, tokenizer: Tokenizer, system: str, longest: int
+) -> list[int]:
+    """The problem's messages, after the system text if any, as the tokenizer renders them.
+
+    Raises InputError where they come to more than `longest` tokens.
+    """
     before = ({"role": "system", "content": system},) if system else ()
-    return tokenizer.render((*before, *problem.messages))
+    tokens = tokenizer.render((*before, *problem.messages))
+    if len(tokens) > longest:
+        raise InputError(
+            f"the prompt of {problem.id} has {len(tokens)} tokens, more than "
+            f"rollout.max_prompt_tokens={longest}"
+        )
+    return tokens
 
 
 def earlier_code(trajectory: Trajectory) -> tuple[str, ...]:
