@@ -131,7 +131,8 @@ def default() -> ConfigDict:
     )
 
 
-# What each name changes against the defaults, all of it. Options go to the estimator or loss.
+# What each name changes against the defaults, all of it. Options go to the estimator or loss;
+# a function makes its value from the rest of the config.
 ALGORITHMS: dict[str, dict[str, Any]] = {
     "gtpo": {"advantage.name": "gtpo"},
     "grpo": {"advantage.name": "grpo", "reward.alpha": 0.0},
@@ -148,6 +149,7 @@ ALGORITHMS: dict[str, dict[str, Any]] = {
         "reward.alpha": 0.0,
         "loss.options": {"clip_low": 0.2, "clip_high": 0.28},
         "rollout.resample_rounds": 3,
+        "reward.overlong_buffer": lambda config: config.rollout.max_tokens // 5,
     },
     "gspo": {
         "advantage.name": "grpo_outcome",
@@ -174,7 +176,9 @@ def with_algorithm(config: ConfigDict, name: str | None) -> ConfigDict:
     """
     overrides = dict(known(ALGORITHMS, name or "gtpo", "algorithm"))
     options = {part: overrides.pop(f"{part}.options", {}) for part in ("advantage", "loss")}
-    config.update_from_flattened_dict(overrides)
+    config.update_from_flattened_dict(
+        {key: value(config) if callable(value) else value for key, value in overrides.items()}
+    )
     for part, table in (("advantage", ADVANTAGES), ("loss", LOSSES)):
         chosen = known(table, config[part].name, part)
         config[part].options = ConfigDict(

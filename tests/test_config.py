@@ -36,6 +36,13 @@ def test_gspo_clips_as_its_paper_does():
     assert config.loss.aggregation == "sequence_mean"
 
 
+def test_dapo_is_whole():
+    config = tiny.get_config("dapo")
+    assert config.reward.overlong_buffer == 24  # a fifth of 120, as in its paper
+    assert config.rollout.resample_rounds == 3
+    assert config.loss.aggregation == "token_mean"
+
+
 def test_options_of_another_function_are_refused():
     config = with_algorithm(default(), "gtpo")
     with pytest.raises(InputError, match=r"advantage.options.\w+: rloo takes none"):
