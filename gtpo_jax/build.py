@@ -5,7 +5,7 @@ Shared by train, sft and evaluate, so that all three mean the same by a config.
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,8 +20,7 @@ from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.model.transformer import Params
-from gtpo_jax.rl.rollout import RolloutConfig, RolloutStats, prompt_tokens, rollout
-from gtpo_jax.rl.types import Trajectory
+from gtpo_jax.rl.rollout import RolloutConfig, Sampler, prompt_tokens, rollout
 from gtpo_jax.tasks import arithmetic, get_task
 from gtpo_jax.tasks.types import Problem, Task
 from gtpo_jax.tools.sandbox import Limits, Sandbox
@@ -155,7 +154,7 @@ def rollout_config(config: ConfigDict) -> RolloutConfig:
 
 def sampler(
     config: ConfigDict, made: Policy, generator: Engine, tools: Sandbox, task: Task
-) -> Callable[[Sequence[Problem], int, int], tuple[list[Trajectory], RolloutStats]]:
+) -> Sampler:
     """The rollout with everything bound but (problems, samples, step)."""
 
     def sample(chosen: Sequence[Problem], samples: int, step: int):

@@ -6,7 +6,7 @@ evaluates the newest checkpoint of a run and writes eval.json and eval_trajector
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,7 +14,7 @@ from gtpo_jax import build
 from gtpo_jax.config import parse_command, validate
 from gtpo_jax.errors import run_command
 from gtpo_jax.rl import record
-from gtpo_jax.rl.rollout import RolloutStats
+from gtpo_jax.rl.rollout import RolloutStats, Sampler
 from gtpo_jax.rl.types import Trajectory
 from gtpo_jax.tasks import get_task
 from gtpo_jax.tasks.types import Problem
@@ -23,8 +23,6 @@ from gtpo_jax.tools.toolcall import Call, Invalid
 # Evaluations draw with keys of their own, the same ones every time: what changes between two
 # evaluations is the policy, not the dice.
 EVAL_STEP = 2**31
-
-Sampler = Callable[[Sequence[Problem], int, int], tuple[list[Trajectory], RolloutStats]]
 
 
 def evaluate(

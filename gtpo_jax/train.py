@@ -24,20 +24,19 @@ from gtpo_jax import build, parallel
 from gtpo_jax.checkpoint import Checkpoints
 from gtpo_jax.config import known, options_for, parse_command, validate
 from gtpo_jax.errors import InputError, run_command
-from gtpo_jax.evaluate import Sampler, evaluate, rollout_metrics
+from gtpo_jax.evaluate import evaluate, rollout_metrics
 from gtpo_jax.metrics import CompileCounter, MetricsLog, drop_from_step
 from gtpo_jax.rl import record
 from gtpo_jax.rl.advantages import ADVANTAGES, discounted_returns, equal_groups
 from gtpo_jax.rl.losses import LOSSES
 from gtpo_jax.rl.packing import pack
 from gtpo_jax.rl.rewards import score as score_rewards
-from gtpo_jax.rl.rollout import RolloutStats
+from gtpo_jax.rl.rollout import collect
 from gtpo_jax.rl.shaping import SIMILARITIES
 from gtpo_jax.rl.types import Batch, Trajectory
 from gtpo_jax.rl.update import TrainState, Update, make_optimizer
 from gtpo_jax.rl.update import build as build_update
 from gtpo_jax.tasks import get_task
-from gtpo_jax.tasks.types import Problem
 
 
 def run(
@@ -107,7 +106,16 @@ def run(
             if step == config.steps:
                 break
             started = time.perf_counter()
-            trajectories, stats, cursor = collect(config, sample, problems, cursor)
+            trajectories, stats, consumed = collect(
+                sample,
+                problems,
+                cursor["consumed"],
+                step,
+                config.seed,
+                config.rollout.problems,
+                config.rollout.samples,
+                config.rollout.resample_rounds,
+            )
             rewards, mask, groups = score_rewards(
                 trajectories,
                 config.rollout.max_turns,
@@ -121,7 +129,7 @@ def run(
                 config, update, state, reference, trajectories, advantage, mask, groups, step
             )
             ended = time.perf_counter()
-            cursor["step"] = step + 1
+            cursor = {**cursor, "step": step + 1, "consumed": consumed}
             earned = np.where(mask, rewards.turn, 0.0).sum(axis=1)[mask.any(axis=1)]
             log.write(
                 step,
@@ -165,45 +173,6 @@ def named(table: dict[str, Callable], chosen: ConfigDict, what: str) -> Callable
 def gamma_of(config: ConfigDict) -> float:
     """The discount that the recorded returns use: the estimator's, else the paper's."""
     return config.advantage.options.get("gamma", 0.9)
-
-
-def take(problems: Sequence[Problem], start: int, count: int, seed: int) -> list[Problem]:
-    """Problems number start .. start + count of an endless walk, shuffled anew each epoch."""
-    out = []
-    for i in range(start, start + count):
-        epoch, place = divmod(i, len(problems))
-        order = np.random.default_rng((seed, epoch)).permutation(len(problems))
-        out.append(problems[order[place]])
-    return out
-
-
-def collect(
-    config: ConfigDict, sample: Sampler, problems: Sequence[Problem], cursor: dict
-) -> tuple[list[Trajectory], RolloutStats, dict]:
-    """One step's groups. With resampling (DAPO), groups without spread make room for others.
-
-    Fills in the order in which problems were drawn. If groups are still missing after
-    `resample_rounds` further rounds, the step goes on with groups that have no spread.
-    """
-    wanted, samples = config.rollout.problems, config.rollout.samples
-    kept: list[list[Trajectory]] = []
-    spare: list[list[Trajectory]] = []
-    total = RolloutStats()
-    for _ in range(1 + config.rollout.resample_rounds):
-        drawn = take(problems, cursor["consumed"], wanted, config.seed)
-        cursor = {**cursor, "consumed": cursor["consumed"] + wanted}
-        trajectories, stats = sample(drawn, samples, cursor["step"])
-        total = total.plus(stats)
-        for first in range(0, len(trajectories), samples):
-            group = trajectories[first : first + samples]
-            outcomes = {t.correct for t in group if t.status != "tool_failure"}
-            (kept if len(outcomes) > 1 else spare).append(group)
-        if not config.rollout.resample_rounds or len(kept) >= wanted:
-            break
-    if config.rollout.resample_rounds:
-        groups = (kept + spare)[:wanted]
-        return [t for group in groups for t in group], total, cursor
-    return trajectories, total, cursor
 
 
 def learn(

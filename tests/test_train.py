@@ -19,7 +19,6 @@ from gtpo_jax.rl.advantages import discounted_returns, gtpo
 from gtpo_jax.rl.losses import LossInputs, ppo_clip
 from gtpo_jax.rl.packing import pack
 from gtpo_jax.rl.rewards import score
-from gtpo_jax.rl.rollout import RolloutStats
 from gtpo_jax.rl.types import Trajectory, Turn
 from gtpo_jax.tasks.types import Problem
 
@@ -205,57 +204,6 @@ def test_evaluate_gives_the_numbers_of_the_run(whole):
     assert json.loads((whole / "eval.json").read_text())["eval/accuracy"] == evals[-1]
     assert "over 4 trajectories" in out.stdout
     assert len(record.read(whole / "eval_trajectories.jsonl")) == 4
-
-
-def test_problems_are_walked_epoch_by_epoch():
-    items = list(range(10))
-    walked = train.take(items, 0, 25, seed=3)
-    assert sorted(walked[:10]) == sorted(walked[10:20]) == items
-    assert walked[:10] != walked[10:20]
-    assert train.take(items, 7, 5, seed=3) == walked[7:12]
-
-
-class Outcomes:
-    """A sampler that answers problem p right in its first `right[p]` samples."""
-
-    def __init__(self, right):
-        self.right, self.asked = right, []
-
-    def __call__(self, problems, samples, step):
-        self.asked.append(list(problems))
-        made = [
-            Trajectory(p, m, [1], [Turn([2], [-1.0])], "finished", "1", m < self.right[p])
-            for p in problems
-            for m in range(samples)
-        ]
-        return made, RolloutStats(sampled=len(made))
-
-
-def collect(right, rounds, problems=2):
-    config = tiny.get_config()
-    config.rollout.update({"problems": problems, "samples": 2, "resample_rounds": rounds})
-    sample = Outcomes(right)
-    cursor = {"step": 0, "consumed": 0, "seed": 0}
-    return train.collect(config, sample, list(range(len(right))), cursor), sample.asked
-
-
-def test_resampling_fills_in_the_order_drawn():
-    (_, _, cursor), asked = collect([1] * 8, rounds=3)
-    assert cursor["consumed"] == 2 and len(asked) == 1
-    order = train.take(list(range(8)), 0, 8, seed=0)
-    # Only the second, fifth and sixth problem drawn have groups with both outcomes.
-    right = [0] * 8
-    for place in (1, 4, 5):
-        right[order[place]] = 1
-    (trajectories, stats, cursor), asked = collect(right, rounds=3)
-    assert [t.problem for t in trajectories[::2]] == [order[1], order[4]]
-    assert cursor["consumed"] == 6 and stats.sampled == 12
-    # When rounds run out, groups without spread fill the step.
-    (trajectories, _, _), _ = collect([0] * 8, rounds=1)
-    assert [t.problem for t in trajectories[::2]] == order[:2]
-    # Without resampling, nothing is drawn twice and nothing is left out.
-    (trajectories, _, _), asked = collect([0] * 8, rounds=0)
-    assert [t.problem for t in trajectories[::2]] == order[:2] and len(asked) == 1
 
 
 def test_a_step_whose_trajectories_all_failed_by_our_fault_changes_nothing():

@@ -18,7 +18,7 @@ import dataclasses
 import time
 import zlib
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -133,6 +133,53 @@ def rollout(
     stats.seconds = time.perf_counter() - started
     stats.prefilled = engine.prefilled - prefilled
     return done, stats
+
+
+Sampler = Callable[[Sequence[Problem], int, int], tuple[list[Trajectory], RolloutStats]]
+
+
+def take(problems: Sequence[Problem], start: int, count: int, seed: int) -> list[Problem]:
+    """Problems number start .. start + count of an endless walk, shuffled anew each epoch."""
+    out = []
+    for i in range(start, start + count):
+        epoch, place = divmod(i, len(problems))
+        order = np.random.default_rng((seed, epoch)).permutation(len(problems))
+        out.append(problems[order[place]])
+    return out
+
+
+def collect(
+    sample: Sampler,
+    problems: Sequence[Problem],
+    consumed: int,
+    step: int,
+    seed: int,
+    wanted: int,
+    samples: int,
+    resample_rounds: int = 0,
+) -> tuple[list[Trajectory], RolloutStats, int]:
+    """One step's groups: sample(problems, samples, step) of the next `wanted` problems.
+
+    With resampling (DAPO), groups whose outcomes are all alike make room for others, which
+    fill in the order in which problems were drawn; if some are still missing when the rounds
+    are over, groups without spread fill the step. Returns how many problems are consumed.
+    """
+    kept: list[list[Trajectory]] = []
+    spare: list[list[Trajectory]] = []
+    total = RolloutStats()
+    for _ in range(1 + resample_rounds):
+        drawn = take(problems, consumed, wanted, seed)
+        consumed += wanted
+        trajectories, stats = sample(drawn, samples, step)
+        total = total.plus(stats)
+        for first in range(0, len(trajectories), samples):
+            group = trajectories[first : first + samples]
+            outcomes = {t.correct for t in group if t.status != "tool_failure"}
+            (kept if len(outcomes) > 1 or not resample_rounds else spare).append(group)
+        if len(kept) >= wanted:
+            break
+    groups = (kept + spare)[:wanted]
+    return [t for group in groups for t in group], total, consumed
 
 
 def prompt_tokens(
