@@ -262,6 +262,11 @@ def parse_command() -> tuple[ConfigDict, Path]:
     with the nearest that does.
     """
     argv = sys.argv  # config_flags looks there for overrides, whatever it is given
+    if "--help" in argv:
+        print(
+            sys.modules["__main__"].__doc__ or "", "All settings: gtpo_jax/config.py", sep="\n"
+        )
+        raise SystemExit(0)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config", None, "FILE.py or FILE.py:ARG", flag_values=values, lock_config=True
