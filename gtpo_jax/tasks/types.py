@@ -2,16 +2,22 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from gtpo_jax.tasks.verify import Verifier
+    from gtpo_jax.tools.sandbox import Sandbox
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One problem.
 
-    `messages` are chat messages ({"role", "content"}), `answer` the ground truth as the
-    task's `verify` reads it, `meta` whatever the task needs later; `meta["setup"]`, where
-    present, is the problem's own code: the sandbox runs it silently before the model's.
+    `messages` are chat messages ({"role", "content"}): the question alone, without the task's
+    `prompt`. `answer` is the ground truth as the task's `verify` reads it, `meta` whatever the
+    task needs later; `meta["setup"]`, where present, is the problem's own code: the sandbox
+    runs it silently before the model's.
     """
 
     id: str
@@ -22,17 +28,40 @@ class Problem:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
-    """A loader, a reader of answers, a verifier.
+class Verdict:
+    """What became of checking an answer.
 
-    load(split, path=None, seed=0, count=None) -> list of problems, in a fixed order
+    `timeout` and `infra` judge nothing: the check did not finish, or our side failed.
+    `reason` says why, for whatever is not right.
+    """
+
+    status: Literal["right", "wrong", "timeout", "infra"]
+    reason: str = ""
+
+
+class Judges(NamedTuple):
+    """Where answers are checked, never in the trainer itself: texts by `answers`, programs
+    by `programs`."""
+
+    answers: "Verifier"
+    programs: "Sandbox"
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A loader, a prompt, a reader of answers, a verifier.
+
+    load(split, path=None, seed=0, count=None, strict=True) -> list of problems, in a fixed
+        order
+    prompt: what is asked for besides the question, put after it; "" for nothing
     answer(text) -> the final answer that the sampled text gives, or None
-    verify(problem, answer) -> whether that answer is right
+    verify(problem, answer, judges) -> Future[Verdict]
     """
 
     load: Callable[..., list[Problem]]
+    prompt: str
     answer: Callable[[str], str | None]
-    verify: Callable[[Problem, str], bool]
+    verify: Callable[[Problem, str, Judges], Future[Verdict]]
 
 
 @dataclasses.dataclass(frozen=True)
