@@ -41,6 +41,20 @@ def get_config(argument: str | None = None):
     config.learn.row_tokens = 640 if small else 1024
     config.learn.micro_rows = 2 if small else 16
 
+    config.sft.epochs = 0 if small else 3
+    config.sft.steps = 20
+    config.sft.traces = 0
+    config.sft.rows = 4 if small else 32
+    config.sft.micro_rows = 2 if small else 32
+    config.sft.row_tokens = 512 if small else 1024
+    config.sft.prompt_weight = 0.0
+    config.sft.optimizer = "adamw"
+    config.sft.lr = 3e-4
+    config.sft.schedule = "cosine"
+    config.sft.warmup = 2 if small else 10
+    config.sft.check_every = 5 if small else 20
+    config.sft.held_out = 16 if small else 200
+
     config.optim.lr = 1e-6
     config.optim.warmup = 0 if small else 10
     return with_algorithm(config, None if small else argument)

@@ -3,13 +3,15 @@
 Shared by train, sft and evaluate, so that all three mean the same by a config.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from gtpo_jax import checkpoint
@@ -22,7 +24,10 @@ from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.model.transformer import Params
 from gtpo_jax.rl.rollout import RolloutConfig, Sampler, prompt_tokens, rollout
 from gtpo_jax.tasks import arithmetic, get_task
-from gtpo_jax.tasks.types import Problem, Task
+from gtpo_jax.tasks.traces import read as read_traces
+from gtpo_jax.tasks.traces import to_trace
+from gtpo_jax.tasks.types import Judges, Problem, Task, Trace
+from gtpo_jax.tasks.verify import Verifier
 from gtpo_jax.tools.sandbox import Limits, Sandbox
 from gtpo_jax.tools.toolcall import FORMATS, Format
 
@@ -35,24 +40,61 @@ class Policy(NamedTuple):
     tokenizer: Tokenizer
 
 
-def sandbox(config: ConfigDict) -> Sandbox:
-    """The pool of workers. Start it before JAX starts its threads."""
-    s = config.sandbox
+@contextlib.contextmanager
+def judges(config: ConfigDict) -> Iterator[Judges]:
+    """The sandbox and the checkers of answers. Enter before JAX starts its threads."""
+    s, v = config.sandbox, config.verify
     limits = Limits(
         wall_seconds=s.wall_seconds,
         cpu_seconds=s.cpu_seconds,
         memory_mib=s.memory_mib,
         output_bytes=s.output_bytes,
     )
-    return Sandbox(workers=s.workers or None, isolation=s.isolation, limits=limits)
+    with (
+        Sandbox(workers=s.workers or None, isolation=s.isolation, limits=limits) as programs,
+        Verifier(v.workers or None, v.cpu_seconds, v.memory_mib) as answers,
+    ):
+        yield Judges(answers, programs)
 
 
 def problems(config: ConfigDict, split: str) -> list[Problem]:
-    """The problems of `split`: "train", or the config's evaluation split."""
-    count = config.task.count if split == "train" else config.task.eval_count
-    return get_task(config.task.name).load(
-        split, path=config.task.path or None, seed=config.seed, count=count or None
+    """The problems of `split`: "train", or any other, `task.eval_count` of it."""
+    t = config.task
+    count = t.count if split == "train" else t.eval_count
+    options = {"fields": t.fields.to_dict()} if len(t.fields) else {}
+    return get_task(t.name).load(
+        split,
+        path=t.path or None,
+        seed=config.seed,
+        count=count or None,
+        strict=t.strict,
+        **options,
     )
+
+
+def traces(config: ConfigDict, tokenizer: Tokenizer) -> tuple[list[Trace], list[Trace]]:
+    """What the cold start imitates, and what it is checked on: right ones, not trained on."""
+    sft = config.sft
+    if sft.path:
+        raw, limit = (
+            read_traces(sft.path, config.task.strict),
+            config.rollout.max_feedback_chars,
+        )
+        made = [to_trace(r, form(config), limit, tokenizer.harmless) for r in raw]
+        if len(made) <= sft.held_out:
+            raise InputError(
+                f"{sft.path}: {len(made)} traces, of which sft.held_out={sft.held_out}"
+            )
+        order = np.random.default_rng(config.seed).permutation(len(made))
+        shuffled = [made[i] for i in order]
+        chosen = shuffled[sft.held_out :]
+        return chosen[: sft.traces or None], shuffled[: sft.held_out]
+    if config.task.name != "arithmetic":
+        raise InputError(
+            f"task {config.task.name!r} has no traces of its own: give a file, sft.path"
+        )
+    right = [t for t in arithmetic.traces(config.seed + 1, 4 * sft.held_out) if not t.flaw]
+    return arithmetic.traces(config.seed, sft.traces), right[: sft.held_out]
 
 
 def form(config: ConfigDict) -> Format:
@@ -74,14 +116,20 @@ def policy(config: ConfigDict, workdir: Path) -> Policy:
     if m.init_from:
         made = from_run(Path(m.init_from))
     elif m.source:
-        model, params = weights.load(m.source, dtype=m.dtype, param_dtype=m.param_dtype)
-        made = Policy(model, params, tokenizers.load_tokenizer(m.source))
+        made = published(config, m.source)
     else:
         made = _fresh(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     made.tokenizer.save(workdir / "tokenizer")
     (workdir / "model.json").write_text(json.dumps(dataclasses.asdict(made.config), indent=1))
     return made
+
+
+def published(config: ConfigDict, source: str) -> Policy:
+    """Published weights, in the dtypes of the config."""
+    m = config.model
+    model, params = weights.load(source, dtype=m.dtype, param_dtype=m.param_dtype)
+    return Policy(model, params, tokenizers.load_tokenizer(source))
 
 
 def from_run(run: Path) -> Policy:
@@ -113,15 +161,21 @@ def _fresh(config: ConfigDict, workdir: Path) -> Policy:
     return Policy(model, transformer.init(model, config.seed), tokenizer)
 
 
-def engine(config: ConfigDict, made: Policy) -> Engine:
-    """Slots for the rollout; the context is a longest prompt and a whole token budget."""
+def engine(
+    config: ConfigDict, made: Policy, temperature: float | None = None, top_p: float = 1.0
+) -> Engine:
+    """Slots for the rollout; the context is a longest prompt and a whole token budget.
+
+    `temperature`, `top_p`: how evaluation may draw otherwise than the policy that is trained.
+    """
     r = config.rollout
     return Engine(
         made.config,
         slots=min(r.slots, r.problems * r.samples),
         max_length=r.max_prompt_tokens + r.max_tokens,
         stop_ids=stop_ids(made.tokenizer, form(config)),
-        temperature=r.temperature,
+        temperature=r.temperature if temperature is None else temperature,
+        top_p=top_p,
         rows=r.prefill_rows,
     )
 
@@ -129,8 +183,9 @@ def engine(config: ConfigDict, made: Policy) -> Engine:
 def check_prompts(config: ConfigDict, made: Policy, chosen: Sequence[Problem]) -> None:
     """Refuse a prompt that is too long now, not in the middle of a run."""
     system, longest = rollout_config(config).system, config.rollout.max_prompt_tokens
+    prompt = get_task(config.task.name).prompt
     for problem in chosen:
-        prompt_tokens(problem, made.tokenizer, system, longest)
+        prompt_tokens(problem, prompt, made.tokenizer, system, longest)
 
 
 def stop_ids(tokenizer: Tokenizer, chosen: Format) -> tuple[int, ...]:
@@ -153,7 +208,7 @@ def rollout_config(config: ConfigDict) -> RolloutConfig:
 
 
 def sampler(
-    config: ConfigDict, made: Policy, generator: Engine, tools: Sandbox, task: Task
+    config: ConfigDict, made: Policy, generator: Engine, judges: Judges, task: Task
 ) -> Sampler:
     """The rollout with everything bound but (problems, samples, step)."""
 
@@ -162,7 +217,7 @@ def sampler(
             generator,
             made.tokenizer,
             form(config),
-            tools,
+            judges,
             task,
             chosen,
             samples,

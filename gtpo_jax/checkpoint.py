@@ -9,7 +9,6 @@
 4. A run is resumed with the seed it began with; anything else is refused.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,20 @@ class Checkpoints:
         self._manager.close()
 
 
-def load_params(run: Path, like: Any) -> Any:
-    """The parameters of a run's newest checkpoint, whatever its optimiser was."""
+def newest_step(run: Path) -> int:
+    """The step of a run's newest checkpoint. Raises InputError where there is none."""
     if not (run / "checkpoints").is_dir():
         raise InputError(f"{run} has no checkpoints: train it first, or check the path")
     with ocp.CheckpointManager((run / "checkpoints").absolute()) as manager:
         step = manager.latest_step()
-        if step is None:
-            raise InputError(f"{run}/checkpoints is empty: train it first")
-        folder = run.absolute() / "checkpoints" / str(step) / "state"
+    if step is None:
+        raise InputError(f"{run}/checkpoints is empty: train it first")
+    return step
+
+
+def load_params(run: Path, like: Any) -> Any:
+    """The parameters of a run's newest checkpoint, whatever its optimiser was."""
+    folder = run.absolute() / "checkpoints" / str(newest_step(run)) / "state"
     target = {"params": jax.tree.map(ocp.utils.to_shape_dtype_struct, like)}
     with ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
@@ -84,8 +88,3 @@ def load_params(run: Path, like: Any) -> Any:
             ),
         )
     return restored["params"]
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """A run keeps the tokenizer it was trained with."""
-    shutil.copytree(source / "tokenizer", target / "tokenizer", dirs_exist_ok=True)

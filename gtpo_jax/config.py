@@ -7,7 +7,7 @@ A run's config is this one, overridden by a file in configs/ and then by the com
 import difflib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,8 @@ def default() -> ConfigDict:
             "task": {
                 "name": "arithmetic",
                 "path": "",  # a local folder or file; empty: embedded, or the hub
+                "fields": {},  # of task "jsonl": question and answer -> their names in a row
+                "strict": True,  # a malformed row is an error; False: left out, counted
                 "count": 0,  # training problems; 0: all (of a generated task: 1000)
                 "eval_split": "test",
                 "eval_count": 128,
@@ -79,6 +81,11 @@ def default() -> ConfigDict:
                 "memory_mib": 1024,
                 "output_bytes": 4096,
             },
+            "verify": {
+                "workers": 0,  # 0: as many as CPUs, at most 4
+                "cpu_seconds": 5.0,
+                "memory_mib": 2048,
+            },
             "reward": {
                 "format_penalty": 0.1,
                 "alpha": 0.5,
@@ -113,13 +120,18 @@ def default() -> ConfigDict:
                 "max_grad_norm": 1.0,
             },
             "sft": {
-                "traces": 20000,
+                "path": "",  # a file of traces (docs/traces.md); empty: the embedded task's
+                "traces": 20000,  # at most; 0: all of the file
+                "held_out": 200,  # traces to check on
                 "steps": 1000,
-                "rows": 8,
+                "epochs": 0,  # 0: as many as `steps` make
+                "rows": 8,  # a step
+                "micro_rows": 8,
                 "row_tokens": 129,
                 "prompt_weight": 0.1,
                 "stop_accuracy": 0.0,  # of number tokens, at which to stop; 0: never
                 "check_every": 50,
+                "checkpoint_every": 500,
                 "lr": 3e-3,
                 "muon_lr": 0.02,
                 "optimizer": "muon",
@@ -255,8 +267,12 @@ def validate(config: ConfigDict) -> None:
         )
 
 
-def parse_command() -> tuple[ConfigDict, Path]:
-    """Read `--config=FILE.py[:ARG] --workdir=RUN [--config.key=value ...]` -> config, RUN.
+def parse_command(
+    more: Mapping[str, tuple[Any, str]] | None = None,
+) -> tuple[ConfigDict, Path | None, dict[str, Any]]:
+    """Read `--config=FILE.py[:ARG] --workdir=RUN [--config.key=value ...]` -> config, RUN and
+    the values of `more` flags, which are name -> (default, help). With these, --workdir may
+    be left out.
 
     Raises InputError, in one line, on a flag, a config file or a key that does not exist,
     with the nearest that does.
@@ -273,6 +289,14 @@ def parse_command() -> tuple[ConfigDict, Path]:
     )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
+    define = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }
+    for name, (value, text) in (more or {}).items():
+        define[type(value)](name, value, text, flag_values=values)
     try:
         rest = values(argv)
         config = values.config
@@ -282,9 +306,10 @@ def parse_command() -> tuple[ConfigDict, Path]:
         raise InputError(_flag_problem(error, argv)) from error
     if len(rest) > 1:
         raise InputError(f"unexpected argument {rest[1]!r}: options begin with --")
-    if config is None or values.workdir is None:
+    if config is None or (values.workdir is None and not more):
         raise InputError("--config=FILE.py[:ARG] and --workdir=RUN are needed")
-    return config, Path(values.workdir)
+    workdir = None if values.workdir is None else Path(values.workdir)
+    return config, workdir, {name: values[name].value for name in more or {}}
 
 
 def _flag_problem(error: BaseException | None, argv: Sequence[str]) -> str:

@@ -2,13 +2,17 @@
 
     python -m gtpo_jax.sft --config=configs/tiny.py --workdir=runs/tiny/sft
 
+The traces are the embedded task's own or, with `sft.path`, a file of any teacher's
+(docs/traces.md), written in the config's tool format; the prompts are those that RL uses.
+
 The same model, packing, checkpoint and metrics as RL; the loss is -log p of what a policy
-would sample, prompt tokens weighted by `sft.prompt_weight`. With `sft.stop_accuracy` it ends
-once that share of the numbers in held-out right traces is predicted right.
+would sample, prompt tokens weighted by `sft.prompt_weight`. A run is resumed as an RL run is.
+With `sft.stop_accuracy` it ends once that share of the numbers in held-out traces is
+predicted right.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
@@ -24,11 +28,11 @@ from gtpo_jax.metrics import MetricsLog
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.rl.losses import LossInputs
 from gtpo_jax.rl.packing import Segment, loss_index, pack_segments
-from gtpo_jax.rl.rollout import prompt_tokens
+from gtpo_jax.rl.rollout import feedback_tokens, prompt_tokens
 from gtpo_jax.rl.types import Batch
 from gtpo_jax.rl.update import TrainState, make_optimizer
 from gtpo_jax.rl.update import build as build_update
-from gtpo_jax.tasks import arithmetic, get_task
+from gtpo_jax.tasks import get_task
 from gtpo_jax.tasks.types import Trace
 from gtpo_jax.tools.toolcall import Format
 
@@ -41,77 +45,101 @@ def negative_log_likelihood(inputs: LossInputs):
 
 
 def run(config: ConfigDict, workdir: Path) -> TrainState:
-    """Train on the traces of the config's task; evaluate at the end."""
-    if config.task.name != "arithmetic":
-        raise InputError(f"task {config.task.name!r} has no traces; 'arithmetic' has")
+    """Train on the traces of the config; evaluate at the end."""
     sft = config.sft
-    with build.sandbox(config) as tools:
+    with build.judges(config) as judges:
+        # ---- setup -------------------------------------------------------------------------
         devices = parallel.make(config.parallel.mapping, config.parallel.devices)
         policy = build.policy(config, workdir)
+        traces, held_out = build.traces(config, policy.tokenizer)
         make = segment_maker(
-            policy.tokenizer, build.form(config), sft.prompt_weight, sft.row_tokens
+            policy.tokenizer,
+            build.form(config),
+            build.rollout_config(config).system,
+            sft.prompt_weight,
+            sft.row_tokens,
         )
-        rows = pack_all(
-            [make(t) for t in arithmetic.traces(config.seed, sft.traces)], sft.row_tokens
-        )
-        right = [t for t in arithmetic.traces(config.seed + 1, 800) if not t.flaw]
-        check = pack_segments([make(t) for t in right[:200]], sft.row_tokens, sft.rows)
-        numbers = number_mask(check, policy.tokenizer)
+        rows = pack_all([make(t) for t in traces], sft.row_tokens)
+        check = pack_segments([make(t) for t in held_out], sft.row_tokens, sft.micro_rows)
+        numbers, sampled = number_mask(check, policy.tokenizer), check.weights == 1.0
+        steps = sft.epochs * (len(rows.tokens) // sft.rows) or sft.steps
+        if len(rows.tokens) < sft.rows:
+            raise InputError(
+                f"sft.rows={sft.rows}, but {len(traces)} traces fill {len(rows.tokens)} rows"
+            )
 
+        # ---- model -------------------------------------------------------------------------
         optimizer = make_optimizer(
-            sft.optimizer, sft.lr, sft.steps, sft.warmup, sft.schedule, muon_lr=sft.muon_lr
+            sft.optimizer, sft.lr, steps, sft.warmup, sft.schedule, muon_lr=sft.muon_lr
         )
         update = build_update(
             policy.config,
             negative_log_likelihood,
             optimizer,
             devices,
-            sft.rows,
+            sft.micro_rows,
             chunk=config.learn.logprob_chunk,
         )
         params = devices.replicate(policy.params)
         state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
-        log = MetricsLog(workdir, 0)
+
+        # ---- restore -----------------------------------------------------------------------
         checkpoints = Checkpoints(workdir, keep=1)
+        cursor = {"step": 0, "consumed": 0, "seed": config.seed, "done": False}
+        if checkpoints.latest() is not None:
+            state, cursor = checkpoints.restore(state, config.seed)
+            print(f"resuming {workdir} after step {cursor['step']}")
+        log = MetricsLog(workdir, cursor["step"] + 1)
+
+        # ---- loop --------------------------------------------------------------------------
         started = time.perf_counter()
-        step = 0
-        for step, batch in enumerate(walk(rows, sft.rows, sft.steps, config.seed), start=1):
+        for batch in walk(rows, sft.rows, cursor["step"], steps, config.seed):
+            if cursor["done"]:
+                break
             state, metrics = update.step(state, batch)
-            if step % sft.check_every == 0 or step == sft.steps:
-                predicted = update.score(state.params, check) > np.log(0.5)
-                accuracy = float(predicted[numbers].mean())
+            step, done = cursor["step"] + 1, cursor["step"] + 1 == steps
+            if step == 1 or step % sft.check_every == 0 or done:
+                scores = update.score(state.params, check)
+                accuracy = float((scores > np.log(0.5))[numbers].mean()) if numbers.any() else 0
                 metrics = jax.device_get(metrics)
                 log.write(
                     step,
                     "sft",
                     {
                         "sft/loss": metrics["loss"],
+                        "sft/held_out_loss": -scores[sampled].mean(),
                         "sft/number_accuracy": accuracy,
+                        "sft/grad_norm": metrics["grad_norm"],
                         "time/total": time.perf_counter() - started,
                     },
-                    sft.steps,
+                    steps,
                 )
-                if 0 < sft.stop_accuracy <= accuracy:
-                    break
-        checkpoints.save(step, state, {"step": step, "consumed": 0, "seed": config.seed})
+                done = done or 0 < sft.stop_accuracy <= accuracy
+            cursor = {**cursor, "step": step, "done": done}
+            if done or step % sft.checkpoint_every == 0:
+                checkpoints.save(step, state, cursor)
+        checkpoints.close()
 
+        # ---- evaluate ----------------------------------------------------------------------
         engine = build.engine(config, policy)
         engine.refresh(devices.local(state.params))
-        sample = build.sampler(config, policy, engine, tools, get_task(config.task.name))
-        held_out = build.problems(config, config.task.eval_split)
-        measured, _ = evaluate(sample, held_out, config.task.eval_samples)
-        log.write(step, "eval", measured)
-        checkpoints.close()
+        sample = build.sampler(config, policy, engine, judges, get_task(config.task.name))
+        problems = build.problems(config, config.task.eval_split)
+        measured, _ = evaluate(sample, problems, config.task.eval_samples)
+        log.write(cursor["step"], "eval", measured)
         log.close()
     return state
 
 
-def segment_maker(tokenizer: Tokenizer, form: Format, prompt_weight: float, longest: int):
+def segment_maker(
+    tokenizer: Tokenizer, form: Format, system: str, prompt_weight: float, longest: int
+) -> Callable[[Trace], Segment]:
     """trace -> Segment: prompt at `prompt_weight`, turns at 1, feedback at 0."""
     end = tokenizer.end_ids[0]
 
     def make(trace: Trace) -> Segment:
-        prompt = prompt_tokens(trace.problem, tokenizer, "", longest)
+        prompt = get_task(trace.problem.task).prompt
+        prompt = prompt_tokens(trace.problem, prompt, tokenizer, system, longest)
         tokens, turn_ids, weights = (
             list(prompt),
             [0] * len(prompt),
@@ -121,7 +149,11 @@ def segment_maker(tokenizer: Tokenizer, form: Format, prompt_weight: float, long
             # A turn ends at the closing mark of its call, else at the end token.
             closed = form.end_of_call(turn.text) is not None
             sampled = tokenizer.encode(turn.text) + ([] if closed else [end])
-            feedback = tokenizer.encode(turn.feedback)
+            feedback = (
+                feedback_tokens(tokenizer, form, turn.feedback, not closed)
+                if turn.feedback
+                else []
+            )
             tokens += sampled + feedback
             turn_ids += [j] * len(sampled) + [-1] * len(feedback)
             weights += [1.0] * len(sampled) + [0.0] * len(feedback)
@@ -149,11 +181,12 @@ def pack_all(segments: Sequence[Segment], row_tokens: int) -> Batch:
     return joined._replace(loss_index=loss_index(joined.turn_ids))
 
 
-def walk(rows: Batch, count: int, steps: int, seed: int) -> Iterator[Batch]:
-    """`steps` batches of `count` rows, shuffled anew each epoch, weights summing to 1."""
+def walk(rows: Batch, count: int, start: int, stop: int, seed: int) -> Iterator[Batch]:
+    """Batches number start .. stop of `count` rows each, shuffled anew each epoch, the
+    weights of each summing to 1."""
     total = len(rows.tokens)
     per_epoch = total // count
-    for step in range(steps):
+    for step in range(start, stop):
         epoch, place = divmod(step, per_epoch)
         order = np.random.default_rng((seed, epoch)).permutation(total)
         chosen = order[place * count : (place + 1) * count]
@@ -169,7 +202,7 @@ def number_mask(batch: Batch, tokenizer: Tokenizer) -> np.ndarray:
 
 def main() -> None:
     """Cold start as the command line says."""
-    config, workdir = parse_command()
+    config, workdir, _ = parse_command()
     run(config, workdir)
 
 

@@ -37,6 +37,7 @@ from gtpo_jax.rl.types import Batch, Trajectory
 from gtpo_jax.rl.update import TrainState, Update, make_optimizer
 from gtpo_jax.rl.update import build as build_update
 from gtpo_jax.tasks import get_task
+from gtpo_jax.tasks.overlap import overlap
 
 
 def run(
@@ -52,7 +53,7 @@ def run(
     similarity = known(SIMILARITIES, config.reward.similarity, "similarity")
     equal, returns = jax.jit(equal_groups), jax.jit(discounted_returns)
     compiles = CompileCounter()
-    with build.sandbox(config) as tools:
+    with build.judges(config) as judges:
         # ---- setup -------------------------------------------------------------------------
         devices = parallel.make(config.parallel.mapping, config.parallel.devices)
         problems = build.problems(config, "train")
@@ -62,12 +63,13 @@ def run(
                 f"rollout.problems={config.rollout.problems}, but task {config.task.name!r} "
                 f"has {len(problems)} training problems"
             )
+        print(overlap(problems, held_out))
 
         # ---- model -------------------------------------------------------------------------
         policy = build.policy(config, workdir)
         build.check_prompts(config, policy, problems + held_out)
         engine = build.engine(config, policy)
-        sample = build.sampler(config, policy, engine, tools, get_task(config.task.name))
+        sample = build.sampler(config, policy, engine, judges, get_task(config.task.name))
         optimizer = make_optimizer(
             steps=config.steps * config.learn.epochs * config.learn.minibatches,
             **config.optim,
@@ -236,7 +238,7 @@ def advantage_metrics(advantage: np.ndarray, mask: np.ndarray) -> dict[str, floa
 
 def main() -> None:
     """Train as the command line says."""
-    config, workdir = parse_command()
+    config, workdir, _ = parse_command()
     print(json.dumps({"algorithm": config.advantage.name, "task": config.task.name}))
     run(config, workdir)
 

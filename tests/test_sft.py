@@ -17,7 +17,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_feedback_is_masked_and_the_prompt_weighs_less(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], "", 0.1, 129)
     trace = next(t for t in arithmetic.traces(0, 200) if len(t.turns) == 3 and not t.flaw)
     segment = make(trace)
     prompt = len(tokenizer.render(trace.problem.messages))
@@ -38,17 +38,17 @@ def test_feedback_is_masked_and_the_prompt_weighs_less(tokenizer):
 
 
 def test_an_unclosed_call_ends_with_the_end_token(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], "", 0.1, 129)
     trace = next(t for t in arithmetic.traces(0, 500) if t.flaw == "unclosed")
     tokens = make(trace).tokens
     assert list(tokens).count(tokenizer.end_ids[0]) == 2  # of the broken call and of the box
 
 
 def test_walk_sees_each_row_once_an_epoch_and_weights_sum_to_one(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], "", 0.1, 129)
     rows = sft.pack_all([make(t) for t in arithmetic.traces(0, 200)], 129)
     count = len(rows.tokens) // 4
-    batches = list(sft.walk(rows, 4, count, seed=0))
+    batches = list(sft.walk(rows, 4, 0, count, seed=0))
     seen = np.concatenate([b.tokens for b in batches])
     assert len(np.unique(seen, axis=0)) == 4 * count
     for batch in batches:
@@ -56,7 +56,7 @@ def test_walk_sees_each_row_once_an_epoch_and_weights_sum_to_one(tokenizer):
 
 
 def test_number_mask_is_the_digits_of_turns(tokenizer):
-    make = sft.segment_maker(tokenizer, FORMATS["markdown"], 0.1, 129)
+    make = sft.segment_maker(tokenizer, FORMATS["markdown"], "", 0.1, 129)
     trace = next(t for t in arithmetic.traces(0, 50) if not t.flaw)
     rows = sft.pack_all([make(trace)], 129)
     digits = sum(c.isdigit() for turn in trace.turns for c in turn.text)
@@ -81,7 +81,10 @@ def test_loss_falls_and_the_run_is_written_down(tmp_path):
     run = tmp_path / "sft"
     sft.run(config, run)
     lines = metrics.read(run)
-    losses = [line["sft/loss"] for line in lines if line["phase"] == "sft"]
-    assert len(losses) == 2 and losses[1] < losses[0] < np.log(384)
+    steps = [line for line in lines if line["phase"] == "sft"]
+    assert [line["step"] for line in steps] == [1, 20, 40]
+    for name in ("sft/loss", "sft/held_out_loss"):
+        losses = [line[name] for line in steps]
+        assert losses[2] < losses[1] < losses[0] < 1.1 * np.log(384)
     assert lines[-1]["phase"] == "eval" and 0 <= lines[-1]["eval/accuracy"] <= 1
     assert (run / "model.json").exists() and (run / "tokenizer").is_dir()

@@ -197,13 +197,14 @@ def test_a_run_can_start_from_another(whole, tmp_path):
 
 
 def test_evaluate_gives_the_numbers_of_the_run(whole):
-    arguments = command(whole)
+    arguments = [*command(whole), "--samples=1", "--nogreedy"]
     arguments[2] = "gtpo_jax.evaluate"
     out = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, check=True)
     evals = [m["eval/accuracy"] for m in metrics.read(whole) if m["phase"] == "eval"]
-    assert json.loads((whole / "eval.json").read_text())["eval/accuracy"] == evals[-1]
-    assert "over 4 trajectories" in out.stdout
-    assert len(record.read(whole / "eval_trajectories.jsonl")) == 4
+    results = json.loads((whole / "evaluation" / "results.json").read_text())["results"]
+    assert results["arithmetic"]["sampled"]["accuracy"]["value"] == evals[-1]
+    assert "arithmetic (4)" in out.stdout
+    assert len(record.read(whole / "evaluation" / "arithmetic.sampled.jsonl")) == 4
 
 
 def test_a_step_whose_trajectories_all_failed_by_our_fault_changes_nothing():

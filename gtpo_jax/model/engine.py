@@ -38,6 +38,7 @@ class Engine:
         max_length: int,
         stop_ids: Sequence[int],
         temperature: float = 1.0,
+        top_p: float = 1.0,
         rows: int = 16,
         buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048, 4096),
     ) -> None:
@@ -63,7 +64,7 @@ class Engine:
         ]
         stops = tuple(int(i) for i in stop_ids)
         self._decode = jax.jit(
-            functools.partial(_decode, config, stops, temperature),
+            functools.partial(_decode, config, stops, temperature, top_p),
             static_argnames="steps",
             donate_argnums=1,
         )
@@ -219,7 +220,18 @@ def _fork(caches, sources):
 
 
 def _decode(
-    config, stops, temperature, params, caches, lengths, pending, room, keys, turns, steps
+    config,
+    stops,
+    temperature,
+    top_p,
+    params,
+    caches,
+    lengths,
+    pending,
+    room,
+    keys,
+    turns,
+    steps,
 ):
     """The device-side loop. lengths, pending, room, turns [B]; keys [B,2]; see `decode`."""
     slots = lengths.shape[0]
@@ -240,7 +252,7 @@ def _decode(
         )
         logits = head(config, params, hidden[:, 0])
         draw_keys = sampling.fold(turn_keys, state["lengths"])
-        new, logprob = sampling.sample(logits, draw_keys, temperature)
+        new, logprob = sampling.sample(logits, draw_keys, temperature, top_p)
         alive, i = state["alive"], state["step"]
         counts = state["counts"] + alive
         ended = functools.reduce(jnp.logical_or, [new == s for s in stops], ~alive)

@@ -6,8 +6,10 @@ any origin (a tool's output, say), in which a mark spelled out is just character
 """
 
 import copy
+import functools
 import io
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -36,7 +38,20 @@ class Tokenizer(Protocol):
         """Text of the ids. End tokens are left out, other special tokens are shown."""
 
     def render(self, messages: Messages) -> list[int]:
-        """A prompt: all messages, then whatever invites the answer."""
+        """A prompt: all messages, then whatever invites the answer.
+
+        A mark spelled out in a message is not the mark; in the system's it is.
+        """
+
+    def harmless(self, text: str) -> str:
+        """`text` without any mark that this tokenizer would make one token of."""
+
+    def tool_message(self, text: str, ended: bool) -> list[int]:
+        """From the assistant's turn to its next one: the end of the message, unless the turn
+        `ended` with it, a message of the role "tool", and what invites the next answer.
+
+        Raises InputError where the tokenizer has no roles.
+        """
 
     def save(self, folder: str | Path) -> None:
         """Write what `load_tokenizer(folder)` needs to make this tokenizer again."""
@@ -75,6 +90,15 @@ class SentencePieceTokenizer:
         """Each user message and a newline; other roles have no place in a base model."""
         texts = (m["content"] + "\n" for m in messages if m["role"] == "user")
         return self.encode("".join(texts))
+
+    def harmless(self, text: str) -> str:
+        return text
+
+    def tool_message(self, text: str, ended: bool) -> list[int]:
+        raise InputError(
+            "a SentencePiece tokenizer has no chat template, so no tool messages: choose "
+            "rollout.format markdown or code_tags"
+        )
 
     def save(self, folder: str | Path) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -151,6 +175,9 @@ class HFTokenizer:
         pad = tokenizer.pad_token_id
         self.pad_id = self.end_ids[0] if pad is None else pad
         self.vocab_size = len(tokenizer)
+        added = [t.content for t in tokenizer.added_tokens_decoder.values()]
+        marks = sorted((t for t in added if len(t) > 1 and t.strip()), key=len, reverse=True)
+        self._mark = re.compile("|".join(map(re.escape, marks)) or r"(?!)")
 
     def encode(self, text: str) -> list[int]:
         return self.plain.encode(text, add_special_tokens=False).ids
@@ -170,9 +197,49 @@ class HFTokenizer:
                 f"tokenizer {self.tokenizer.name_or_path!r}: no chat template; "
                 "an instruction-tuned model has one"
             )
+        # The system text is ours, and may show the marks of a tool call as they are.
+        said = [
+            m if m["role"] == "system" else {**m, "content": self.harmless(m["content"])}
+            for m in messages
+        ]
         return self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            said, add_generation_prompt=True, tokenize=True, return_dict=False
         )
+
+    def harmless(self, text: str) -> str:
+        """A space after the first character of every added token's text, special or not."""
+        while self._mark.search(text):  # breaking up one mark may complete another
+            text = self._mark.sub(lambda m: f"{m[0][0]} {m[0][1:]}", text)
+        return text
+
+    def tool_message(self, text: str, ended: bool) -> list[int]:
+        before, after = self._tool_frame
+        if ended:
+            end = self.plain.decode(list(self.end_ids[:1]), skip_special_tokens=False)
+            before = before.removeprefix(end)
+        text = f"{before}{self.harmless(text)}{after}"
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    @functools.cached_property
+    def _tool_frame(self) -> tuple[str, str]:
+        """What the template puts before and after a tool's text that follows an answer."""
+        answer, output = "the answer", "the output"
+        messages = [
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": answer},
+            {"role": "tool", "content": output},
+        ]
+        name = self.tokenizer.name_or_path
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False
+            )
+        except Exception as error:  # whatever a template raises
+            raise InputError(f"tokenizer {name!r}: no tool messages: {error}") from None
+        before, mark, after = text.rpartition(answer)[2].partition(output)
+        if not mark:
+            raise InputError(f"tokenizer {name!r}: its chat template drops tool messages")
+        return before, after
 
     def save(self, folder: str | Path) -> None:
         """A Hugging Face folder; end tokens go to generation_config.json if none is there."""

@@ -39,6 +39,7 @@ def _to_json(trajectory: Trajectory, tokenizer: Tokenizer) -> dict[str, Any]:
         "status": trajectory.status,
         "answer": trajectory.answer,
         "correct": trajectory.correct,
+        "meta": trajectory.meta,
         "prompt": tokenizer.decode(trajectory.prompt_tokens),
         "prompt_tokens": trajectory.prompt_tokens,
         "turns": [
@@ -77,13 +78,14 @@ def read(path: Path) -> list[tuple[Trajectory, dict[str, Any]]]:
             for t in line["turns"]
         ]
         trajectory = Trajectory(
-            Problem(**line["problem"]),
+            Problem(**line["problem"] | {"messages": tuple(line["problem"]["messages"])}),
             line["member"],
             line["prompt_tokens"],
             turns,
             line["status"],
             line["answer"],
             line["correct"],
+            line["meta"],
         )
         out.append((trajectory, line))
     return out

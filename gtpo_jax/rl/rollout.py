@@ -9,6 +9,9 @@ Ragged Python on this side, the engine's fixed shapes on the other. What a turn 
     budget, context or turn limit        ends `truncated`
     a tool result with status infra      ends `tool_failure`: our fault, never a reward
 
+Answers are checked while decoding goes on, and looked at when all trajectories have ended. A
+check that does not finish, or fails by our fault, makes its trajectory a `tool_failure` too.
+
 Everything here is a function of (seed, step) and the weights: trajectories are started in the
 order of problems and members, tools run concurrently but are waited for before the next chunk
 is decoded, and every draw has its trajectory's own key.
@@ -19,6 +22,7 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 import numpy as np
 
@@ -27,8 +31,7 @@ from gtpo_jax.model.engine import Engine
 from gtpo_jax.model.sampling import trajectory_keys
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.rl.types import Status, Trajectory, Turn
-from gtpo_jax.tasks.types import Problem, Task
-from gtpo_jax.tools.sandbox import Sandbox
+from gtpo_jax.tasks.types import Judges, Problem, Task, Verdict
 from gtpo_jax.tools.toolcall import Call, Format
 
 
@@ -70,6 +73,7 @@ class _Live:
     trajectory: Trajectory
     text_checked: int = 0  # tokens of the open turn already known to hold no complete call
     done: bool = False
+    verdict: Future[Verdict] | None = None
 
     def end(self, status: Status) -> None:
         self.trajectory.status = status
@@ -80,7 +84,7 @@ def rollout(
     engine: Engine,
     tokenizer: Tokenizer,
     form: Format,
-    sandbox: Sandbox,
+    judges: Judges,
     task: Task,
     problems: Sequence[Problem],
     samples: int,
@@ -95,7 +99,9 @@ def rollout(
     started, prefilled = time.perf_counter(), engine.prefilled
     stats = RolloutStats()
     longest = engine.max_length - limits.max_tokens
-    prompts = {p.id: prompt_tokens(p, tokenizer, limits.system, longest) for p in problems}
+    prompts = {
+        p.id: prompt_tokens(p, task.prompt, tokenizer, limits.system, longest) for p in problems
+    }
     done = [
         Trajectory(problem, member, prompts[problem.id])
         for problem in problems
@@ -112,6 +118,7 @@ def rollout(
     waiting = deque(range(len(done)))
     live: dict[int, _Live] = {}
     holds: dict[int, str] = {}  # slot -> the problem whose prompt its cache begins with
+    checked: list[tuple[Trajectory, Future[Verdict]]] = []
     while waiting or live:
         _refill(engine, done, keys, waiting, live, holds)
         slots = sorted(live)
@@ -124,12 +131,18 @@ def rollout(
             turn.tokens += tokens
             turn.logprobs += logprobs
         ended = [
-            s for s in slots if _end_turn(engine, s, live[s], tokenizer, form, task, limits)
+            s
+            for s in slots
+            if _end_turn(engine, s, live[s], tokenizer, form, task, judges, limits)
         ]
-        _run_tools(engine, ended, live, tokenizer, form, sandbox, limits, stats)
+        _run_tools(engine, ended, live, tokenizer, form, judges.programs, limits, stats)
         for slot in [s for s in ended if live[s].done]:
             engine.release(slot)
-            del live[slot]
+            item = live.pop(slot)
+            if item.verdict is not None:
+                checked.append((item.trajectory, item.verdict))
+    for trajectory, verdict in checked:
+        _judge(trajectory, verdict.result())
     stats.seconds = time.perf_counter() - started
     stats.prefilled = engine.prefilled - prefilled
     return done, stats
@@ -183,20 +196,30 @@ def collect(
 
 
 def prompt_tokens(
-    problem: Problem, tokenizer: Tokenizer, system: str, longest: int
+    problem: Problem, prompt: str, tokenizer: Tokenizer, system: str, longest: int
 ) -> list[int]:
-    """The problem's messages, after the system text if any, as the tokenizer renders them.
+    """The problem's messages as the tokenizer renders them, `system` before them and the
+    task's `prompt` after the last, each where it is not empty.
 
     Raises InputError where they come to more than `longest` tokens.
     """
     before = ({"role": "system", "content": system},) if system else ()
-    tokens = tokenizer.render((*before, *problem.messages))
+    *earlier, last = problem.messages
+    if prompt:
+        last = {**last, "content": f"{last['content']}\n\n{prompt}"}
+    tokens = tokenizer.render((*before, *earlier, last))
     if len(tokens) > longest:
         raise InputError(
             f"the prompt of {problem.id} has {len(tokens)} tokens, more than "
             f"rollout.max_prompt_tokens={longest}"
         )
     return tokens
+
+
+def feedback_tokens(tokenizer: Tokenizer, form: Format, text: str, ended: bool) -> list[int]:
+    """What is appended after a turn for `text`, which a format's `feedback` made; `ended`:
+    whether the turn's last token is an end token."""
+    return tokenizer.tool_message(text, ended) if form.message else tokenizer.encode(text)
 
 
 def earlier_code(trajectory: Trajectory) -> tuple[str, ...]:
@@ -263,7 +286,7 @@ def _room(trajectory: Trajectory, engine: Engine, limits: RolloutConfig) -> int:
     )
 
 
-def _end_turn(engine, slot, item: _Live, tokenizer, form, task, limits) -> bool:
+def _end_turn(engine, slot, item: _Live, tokenizer, form, task, judges, limits) -> bool:
     """Whether the open turn is over. If so, cut it at its end and say what it was."""
     trajectory = item.trajectory
     turn = trajectory.turns[-1]
@@ -288,10 +311,17 @@ def _end_turn(engine, slot, item: _Live, tokenizer, form, task, limits) -> bool:
         trajectory.answer = task.answer(text)
         item.end("void" if trajectory.answer is None else "finished")
         if trajectory.answer is not None:
-            trajectory.correct = task.verify(trajectory.problem, trajectory.answer)
+            item.verdict = task.verify(trajectory.problem, trajectory.answer, judges)
     elif len(trajectory.turns) == limits.max_turns:
         item.end("truncated")
     return True
+
+
+def _judge(trajectory: Trajectory, verdict: Verdict) -> None:
+    trajectory.correct = verdict.status == "right"
+    trajectory.meta |= {"verdict": verdict.status, "reason": verdict.reason}
+    if verdict.status in ("timeout", "infra"):
+        trajectory.status = "tool_failure"
 
 
 def _run_tools(engine, ended, live, tokenizer, form, sandbox, limits, stats) -> None:
@@ -318,7 +348,9 @@ def _run_tools(engine, ended, live, tokenizer, form, sandbox, limits, stats) -> 
             live[slot].end("tool_failure")
             continue
         outcome = turn.result if slot in results else turn.call  # an Invalid says why
-        feedback = tokenizer.encode(form.feedback(outcome, limits.max_feedback_chars))
+        text = form.feedback(outcome, limits.max_feedback_chars, tokenizer.harmless)
+        ended = bool(turn.tokens) and turn.tokens[-1] in tokenizer.end_ids
+        feedback = feedback_tokens(tokenizer, form, text, ended)
         if len(feedback) >= _room(trajectory, engine, limits):
             live[slot].end("truncated")
             continue

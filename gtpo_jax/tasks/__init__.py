@@ -1,12 +1,21 @@
-"""Tasks: where problems come from, and how an answer is read and verified."""
+"""Tasks: where problems come from, what is asked for, how an answer is read and verified."""
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.tasks import arithmetic, math
+from gtpo_jax.tasks import arithmetic, commonsense, math
 from gtpo_jax.tasks.types import Task
 
 TASKS: dict[str, Task] = {
     "arithmetic": arithmetic.TASK,
     "gsm8k": math.GSM8K,
+    "svamp": math.SVAMP,
+    "math500": math.MATH500,
+    "aime24": math.AIME24,
+    "aime25": math.AIME25,
+    "amc23": math.AMC23,
+    "olympiadbench": math.OLYMPIADBENCH,
+    "jsonl": math.JSONL,
+    "strategyqa": commonsense.STRATEGYQA,
+    "commonsenseqa": commonsense.COMMONSENSEQA,
 }
 
 

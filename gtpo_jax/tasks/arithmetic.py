@@ -13,10 +13,11 @@ import dataclasses
 import random
 import string
 import zlib
+from concurrent.futures import Future
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.tasks.types import Problem, Task, Trace, TraceTurn
-from gtpo_jax.tasks.verifiers import boxed, same_number
+from gtpo_jax.tasks.types import Judges, Problem, Task, Trace, TraceTurn, Verdict
+from gtpo_jax.tasks.verifiers import boxed
 
 SPLITS = ("train", "test")
 
@@ -186,12 +187,16 @@ class _Drawn:
 
 
 def load(
-    split: str, path: str | None = None, seed: int = 0, count: int | None = None
+    split: str,
+    path: str | None = None,
+    seed: int = 0,
+    count: int | None = None,
+    strict: bool = True,
 ) -> list[Problem]:
     """`count` problems (1000 if None); problem i depends on split, seed and i alone.
 
     The two splits share no tuple of shown numbers. Raises InputError for an unknown split,
-    a negative count, and a path: there is nothing to read.
+    a negative count, and a path: there is nothing to read, nor to be `strict` about.
     """
     if path is not None:
         raise InputError(f"path={str(path)!r}: arithmetic is generated, its path must be None")
@@ -300,4 +305,8 @@ def _turns(drawn: _Drawn, kind: str, recovers: bool) -> tuple[TraceTurn, ...]:
     return (*before, failed, last, end) if recovers else (*before, failed, _box(drawn.guess))
 
 
-TASK = Task(load, boxed, lambda problem, answer: same_number(problem.answer, answer))
+def _verify(problem: Problem, answer: str, judges: Judges) -> Future[Verdict]:
+    return judges.answers.submit("number", problem.answer, answer)
+
+
+TASK = Task(load, "", boxed, _verify)

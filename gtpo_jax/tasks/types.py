@@ -56,12 +56,14 @@ class Task:
     prompt: what is asked for besides the question, put after it; "" for nothing
     answer(text) -> the final answer that the sampled text gives, or None
     verify(problem, answer, judges) -> Future[Verdict]
+    held_out: the split on which results are reported
     """
 
     load: Callable[..., list[Problem]]
     prompt: str
     answer: Callable[[str], str | None]
     verify: Callable[[Problem, str, Judges], Future[Verdict]]
+    held_out: str = "test"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,18 +4,30 @@ The scripted engine says what a script says, character by character, with the in
 the bookkeeping of the real one; so every row of the table can be brought about at will.
 """
 
+from concurrent.futures import Future
+
 import pytest
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.rl.rollout import RolloutConfig, rollout
-from gtpo_jax.tasks.types import Problem, Task
+from gtpo_jax.rl.rollout import RolloutConfig, prompt_tokens, rollout
+from gtpo_jax.tasks.types import Judges, Problem, Task, Verdict
 from gtpo_jax.tasks.verifiers import boxed, same_number
 from gtpo_jax.tools.sandbox import Result, Sandbox
 from gtpo_jax.tools.toolcall import FORMATS, Call, Invalid
 
 END = 0
 FORM = FORMATS["markdown"]
-TASK = Task(lambda *_: [], boxed, lambda problem, answer: same_number(problem.answer, answer))
+
+
+def verify(problem, answer, judges):
+    """Right or wrong at once; answers that are no judgement say so themselves."""
+    verdict = Future()
+    same = "right" if same_number(problem.answer, answer) else "wrong"
+    verdict.set_result(Verdict(answer if answer in ("timeout", "infra") else same))
+    return verdict
+
+
+TASK = Task(lambda *_: [], "", boxed, verify)
 
 
 class Characters:
@@ -31,6 +43,12 @@ class Characters:
 
     def render(self, messages):
         return self.encode("".join(m["content"] for m in messages))
+
+    def harmless(self, text):
+        return text.replace("%", "_")
+
+    def tool_message(self, text, ended):
+        return self.encode(f"{'' if ended else '!'}[tool {text}]")
 
 
 class Pairs(Characters):
@@ -108,13 +126,24 @@ def sandbox():
         yield pool
 
 
-def play(sandbox, *members, answer="42", tokenizer=None, slots=3, meta=None, **limits):
+def play(
+    sandbox, *members, answer="42", tokenizer=None, slots=3, meta=None, task=TASK, **limits
+):
     problem = Problem("p", "t", ({"role": "user", "content": "Q?"},), answer, meta or {})
     settings = RolloutConfig(**{"max_turns": 3, "max_tokens": 200, "chunk": 7, **limits})
     tokenizer = tokenizer or Characters()
     engine = ScriptedEngine({"Q?": members}, tokenizer, slots)
     done, stats = rollout(
-        engine, tokenizer, FORM, sandbox, TASK, [problem], len(members), settings, 0, 0
+        engine,
+        tokenizer,
+        FORM,
+        Judges(None, sandbox),
+        task,
+        [problem],
+        len(members),
+        settings,
+        0,
+        0,
     )
     for t in done:
         for turn in t.turns:
@@ -248,7 +277,8 @@ def test_groups_larger_than_the_slots_prefill_each_prompt_once(sandbox):
     ]
     engine = ScriptedEngine(scripts, tokenizer, slots=2)
     limits = RolloutConfig(max_turns=3, max_tokens=200)
-    done, _ = rollout(engine, tokenizer, FORM, sandbox, TASK, problems, count, limits, 0, 0)
+    judges = Judges(None, sandbox)
+    done, _ = rollout(engine, tokenizer, FORM, judges, TASK, problems, count, limits, 0, 0)
     assert [(t.problem.id, t.member) for t in done] == [
         (f"p{p}", m) for p in range(3) for m in range(count)
     ]
@@ -261,4 +291,38 @@ def test_a_prompt_that_does_not_fit_is_named(sandbox):
     engine = ScriptedEngine({}, Characters())
     limits = RolloutConfig(max_turns=2, max_tokens=200)
     with pytest.raises(InputError, match="the prompt of long has 300 tokens"):
-        rollout(engine, Characters(), FORM, sandbox, TASK, [problem], 1, limits, 0, 0)
+        judges = Judges(None, sandbox)
+        rollout(engine, Characters(), FORM, judges, TASK, [problem], 1, limits, 0, 0)
+
+
+@pytest.mark.parametrize("status", ["timeout", "infra"])
+def test_a_check_that_judges_nothing_is_no_wrong_answer(sandbox, status):
+    t, right = play(sandbox, [f"\\boxed{{{status}}}<end>"], ["\\boxed{42}<end>"])
+    assert (t.status, t.correct, t.answer) == ("tool_failure", False, status)
+    assert t.meta["verdict"] == status
+    assert (right.status, right.correct) == ("finished", True)
+
+
+def test_answers_are_checked_while_decoding_goes_on(sandbox):
+    """The first answer's check ends only when the second trajectory's call has been made."""
+    asked = []
+
+    def slow(problem, answer, judges):
+        asked.append(Future())
+        if len(asked) == 2:
+            for future in asked:
+                future.set_result(Verdict("right"))
+        return asked[-1]
+
+    first = ["\\boxed{1}<end>"]
+    second = [block("print(2)"), "\\boxed{2}<end>"]
+    done = play(sandbox, first, second, task=Task(lambda *_: [], "", boxed, slow))
+    assert [t.correct for t in done] == [True, True]
+
+
+def test_the_tasks_prompt_follows_the_question(sandbox):
+    problem = Problem("p", "t", ({"role": "user", "content": "Q?"},), "42")
+    tokens = prompt_tokens(problem, "Box it.", Characters(), "Be kind. ", 100)
+    assert Characters().decode(tokens) == "Be kind. Q?\n\nBox it."
+    tokens = prompt_tokens(problem, "", Characters(), "", 100)
+    assert Characters().decode(tokens) == "Q?"

@@ -8,10 +8,19 @@ import pytest
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.tasks import TASKS, get_task
-from gtpo_jax.tasks.loaders import read_jsonl, read_rows
+from gtpo_jax.tasks import loaders
+from gtpo_jax.tasks.loaders import Hub, pick
 
 FIELDS = {"question": str, "answer": int}
 GOOD = '{"question": "q", "answer": 3, "more": null}'
+
+
+def read_jsonl(path, fields, strict=True):
+    return loaders.read_file(path, fields, lambda row, index: row, strict=strict)
+
+
+def read_rows(source, split, fields, **options):
+    return loaders.read_rows(source, split, fields, lambda row, index: row, **options)
 
 
 def write(path, *lines):
@@ -22,7 +31,7 @@ def write(path, *lines):
 def test_good_rows_come_in_order_and_blank_lines_are_skipped(tmp_path):
     path = write(tmp_path / "a.jsonl", GOOD, "", "  ", GOOD.replace("3", "4"), "")
     assert [row["answer"] for row in read_jsonl(path, FIELDS)] == [3, 4]
-    assert next(read_jsonl(str(path), {}))["more"] is None
+    assert read_jsonl(str(path), {})[0]["more"] is None
 
 
 def test_windows_files_with_a_byte_order_mark_are_read(tmp_path):
@@ -65,11 +74,13 @@ def test_malformed_rows_are_left_out_and_counted_when_not_strict(tmp_path, caplo
 
 
 def test_a_float_field_takes_an_int_but_no_bool(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"x": 1}', '{"x": 1.5}', '{"x": false}')
-    rows = read_jsonl(path, {"x": float})
-    assert [next(rows)["x"], next(rows)["x"]] == [1, 1.5]
+    path = write(tmp_path / "a.jsonl", '{"x": 1}', '{"x": 1.5}')
+    assert [row["x"] for row in read_jsonl(path, {"x": float})] == [1, 1.5]
+    write(path, '{"x": false}')
     with pytest.raises(InputError, match="field 'x' is bool, must be float"):
-        next(rows)
+        read_jsonl(path, {"x": float})
+    with pytest.raises(InputError, match="field 'x' is bool, must be str or float"):
+        read_jsonl(path, {"x": (str, float)})
 
 
 def test_a_missing_file_is_named_with_what_would_be_right(tmp_path):
@@ -87,7 +98,9 @@ def test_a_folder_gives_its_split_and_says_which_it_has(tmp_path):
     write(tmp_path / "test.jsonl", GOOD)
     assert len(list(read_rows(tmp_path, "test", FIELDS))) == 1
     assert len(list(read_rows(tmp_path / "test.jsonl", "any", FIELDS))) == 1
-    with pytest.raises(InputError, match=r"split='train': no .* there: test\.jsonl"):
+    with pytest.raises(
+        InputError, match=r"split='train': no train\.jsonl .* there: test\.jsonl"
+    ):
         read_rows(str(tmp_path), "train", FIELDS)
 
 
@@ -106,16 +119,55 @@ def test_hub_rows_are_checked_and_hub_errors_are_one_line(monkeypatch):
 
     fake = types.SimpleNamespace(load_dataset=load_dataset)
     monkeypatch.setitem(sys.modules, "datasets", fake)
-    rows = read_rows("owner/name", "train", FIELDS, config="main")
-    assert next(rows)["answer"] == 3
+    hub = Hub("owner/name", "main", {"dev": "validation", "test": "train"})
+    assert read_rows(hub, "train", FIELDS, count=1)[0]["answer"] == 3
+    assert len(read_rows(hub, "test", FIELDS, strict=False)) == 1
     with pytest.raises(InputError, match=r"^owner/name\[train\]:2: field 'answer' is missing"):
-        next(rows)
-    with pytest.raises(InputError, match=r"split='dev': the hub says Unknown split") as error:
-        read_rows("owner/name", "dev", FIELDS)
+        read_rows(hub, "train", FIELDS)
+    with pytest.raises(InputError, match=r"split='validation': the hub says Unk") as error:
+        read_rows(hub, "dev", FIELDS)
     assert "\n" not in str(error.value)
+
+
+def test_a_json_list_is_read_with_the_line_of_each_row(tmp_path):
+    path = tmp_path / "train.json"
+    path.write_text('[\n {"question": "q",\n  "answer": 1},\n\n {"question": "r"}\n]\n')
+    with pytest.raises(InputError, match=r"train\.json:5: field 'answer' is missing"):
+        read_rows(tmp_path, "train", FIELDS)
+    assert [r["answer"] for r in read_rows(tmp_path, "train", FIELDS, strict=False)] == [1]
+    path.write_text('[{"question": "q", "answer": 1}\n, {]')
+    with pytest.raises(InputError, match=r"train\.json:2: not JSON"):
+        read_jsonl(path, FIELDS, strict=False)
+    for text in ('{"question": "q"}', "", "3"):
+        path.write_text(text)
+        with pytest.raises(InputError, match="must be a list of rows"):
+            read_jsonl(path, FIELDS)
+    path.write_text("[]")
+    assert read_jsonl(path, FIELDS) == []
+    path.write_text("[" * 100_000)
+    with pytest.raises(InputError, match=r"train\.json:1: not JSON"):
+        read_jsonl(path, FIELDS)
+
+
+def test_deeper_fields_have_dotted_names():
+    row = {"a": {"b": [{"c": 1}]}, "a.b": 2}
+    assert (pick(row, "a.b.0.c"), pick(row, "a.b")) == (1, 2)
+    for name in ("x", "a.x", "a.b.1", "a.b.x", "a.b.0.c.d"):
+        with pytest.raises(KeyError):
+            pick(row, name)
+
+
+def test_what_make_cannot_use_is_named_like_a_malformed_row(tmp_path):
+    path = write(tmp_path / "a.jsonl", GOOD, GOOD)
+
+    def refuse(row, index):
+        raise ValueError(f"field 'answer' of row {index} is odd")
+
+    with pytest.raises(InputError, match=r"a\.jsonl:1: field 'answer' of row 0 is odd"):
+        loaders.read_file(path, FIELDS, refuse)
 
 
 def test_an_unknown_task_lists_the_known_ones():
     assert get_task("arithmetic") is TASKS["arithmetic"]
-    with pytest.raises(InputError, match="task='chess': one of arithmetic, gsm8k"):
+    with pytest.raises(InputError, match="task='chess': one of arithmetic, gsm8k, svamp"):
         get_task("chess")

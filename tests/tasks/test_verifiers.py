@@ -91,7 +91,7 @@ def test_not_the_same_number(a, b):
     assert not same_number(b, a)
 
 
-@given(st.decimals(allow_nan=False, allow_infinity=False, places=4, max_value=10**12))
+@given(st.decimals(-(10**12), 10**12, places=4))
 def test_every_decimal_equals_its_decorated_self(value):
     text = format(value, "f")
     assert same_number(text, f"${text}0")
