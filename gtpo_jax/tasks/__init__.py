@@ -1,7 +1,7 @@
 """Tasks: where problems come from, what is asked for, how an answer is read and verified."""
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.tasks import arithmetic, commonsense, math
+from gtpo_jax.tasks import arithmetic, commonsense, math, program
 from gtpo_jax.tasks.types import Task
 
 TASKS: dict[str, Task] = {
@@ -16,6 +16,8 @@ TASKS: dict[str, Task] = {
     "jsonl": math.JSONL,
     "strategyqa": commonsense.STRATEGYQA,
     "commonsenseqa": commonsense.COMMONSENSEQA,
+    "humaneval": program.HUMANEVAL,
+    "mbpp": program.MBPP,
 }
 
 

@@ -7,8 +7,7 @@ import types
 import pytest
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.tasks import TASKS, get_task
-from gtpo_jax.tasks import loaders
+from gtpo_jax.tasks import TASKS, get_task, loaders
 from gtpo_jax.tasks.loaders import Hub, pick
 
 FIELDS = {"question": str, "answer": int}

@@ -3,10 +3,16 @@
 from decimal import Decimal
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtpo_jax.tasks.verifiers import boxed, same_number
+from gtpo_jax.tasks.verifiers import (
+    boxed,
+    same_choice,
+    same_mathematics,
+    same_number,
+    same_yes_no,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +116,109 @@ def test_any_text_is_read_without_raising(a, b):
 @given(st.text().filter(lambda text: not set(text) & set("{}\\")), st.text())
 def test_the_last_box_is_found_behind_any_text(content, before):
     assert boxed(before + "\\boxed{" + content + "}") == content
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [
+        ("\\frac{1}{2}", "0.5"),
+        ("0.5", "50\\%"),
+        ("50\\%", "50"),
+        ("\\frac{14}{3}", "4\\frac{2}{3}"),
+        ("x=5", "5"),
+        ("5", "x=5"),
+        ("M=2^{N-2}+1", "2^{N-2}+1"),
+        ("m_{\\max }=n^{2}-n-1", "n^2-n-1"),
+        ("(3, \\frac{\\pi}{2})", "\\left( 3, \\pi/2 \\right)"),
+        ("1,-2", "-2, 1"),
+        ("\\{1,2\\}", "\\{2,1\\}"),
+        ("(-\\infty, 0) \\cup\\{1\\}.", "(-\\infty,0)\\cup\\{1\\}"),
+        ("(-\\infty,2]", "x \\le 2"),
+        ("90^\\circ", "90"),
+        ("\\$32,\\!348", "32348"),
+        ("x^2+2x+1", "(x+1)^2"),
+        ("\\sqrt{8}", "2\\sqrt2"),
+        ("\\text{Evelyn}", "Evelyn"),
+        ("\\text{(C)}", "C"),
+        ("\\text{odd}", "\\text{Odd}"),
+        ("3", "\\boxed{3}"),
+        ("5", "5\\text{ cm}"),
+        ("025", "25"),
+        ("anything at all", "anything at all"),
+    ],
+)
+def test_the_same_mathematics(truth, answer):
+    assert same_mathematics(truth, answer)
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer"),
+    [
+        ("\\text{listen}", "\\text{silent}"),  # the same product of letters
+        ("\\text{Evelyn}", "nylevE"),
+        ("3", "1,2,3"),
+        ("3", "2 or 3"),
+        ("3", "x=2, x=3"),
+        ("3", "\\boxed{2}\\boxed{3}"),
+        ("(1,2)", "[1,2]"),
+        ("(1,2)", "(2,1)"),
+        ("\\frac{1}{3}", "0.33"),
+        ("27", "-27"),
+        ("\\pi", "3.14"),
+        ("x^2", "x^3"),
+        ("5", ""),
+        ("5", "\\text{five"),
+        ("\\frac{3}{7}", "3 \\text{ to } 7"),
+    ],
+)
+def test_not_the_same_mathematics(truth, answer):
+    assert not same_mathematics(truth, answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "same"),
+    [
+        ("B", True),
+        ("b", True),
+        ("(B)", True),
+        ("B.", True),
+        ("\\text{B}", True),
+        ("B: a bank", True),
+        ("**B**", True),
+        ("A", False),
+        ("A or B", False),
+        ("bank", False),
+        ("", False),
+    ],
+)
+def test_the_same_choice(answer, same):
+    assert same_choice("B", answer) == same
+
+
+@pytest.mark.parametrize(
+    ("truth", "answer", "same"),
+    [
+        ("yes", "Yes.", True),
+        ("no", "\\text{No}", True),
+        ("yes", "true", True),
+        ("no", "False", True),
+        ("no", "yes", False),
+        ("yes", "yes or no", False),
+        ("no", "not", False),
+        ("yes", "", False),
+    ],
+)
+def test_the_same_yes_or_no(truth, answer, same):
+    assert same_yes_no(truth, answer) == same
+
+
+@given(st.text())
+def test_choices_and_yes_or_no_read_any_text(text):
+    assert same_choice("A", text) in (True, False)
+    assert same_yes_no("yes", text) in (True, False)
+
+
+@settings(deadline=None)  # sympy is imported, and knows slow corners
+@given(st.sampled_from(["\\frac{3}{7}", "x+1", "\\text{ab}", "(1,2)"]), st.text(max_size=30))
+def test_mathematics_reads_any_short_text(truth, text):
+    assert same_mathematics(truth, text) in (True, False)
