@@ -58,11 +58,16 @@ def majority(answers: Sequence[str | None], correct: Sequence[bool]) -> float:
 def bootstrap(values: Sequence[float], seed: int = 0, draws: int = 10_000) -> Interval:
     """Mean over problems, and the percentile interval of `draws` resamples of problems.
 
-    `values`: one number a problem, NaN where it has none (left out).
+    `values`: one number a problem, NaN where it has none (left out). Where all of n values are
+    0, or all 1, resampling sees no spread, though n problems cannot prove 0 or 1: the far end
+    is then that of the exact binomial interval (Clopper and Pearson), 1 - 0.025^(1/n) away.
     """
     kept = np.asarray([v for v in values if not math.isnan(v)], np.float64)
     if not len(kept):
         return Interval(math.nan, math.nan, math.nan)
+    if kept.min() == kept.max() and kept[0] in (0.0, 1.0):
+        reach = 1.0 - 0.025 ** (1 / len(kept))
+        return Interval(float(kept[0]), *((0.0, reach) if kept[0] == 0 else (1.0 - reach, 1.0)))
     rng = np.random.default_rng(seed)
     # In blocks, so that thousands of problems do not make an array of gigabytes.
     block = max(1, 5_000_000 // len(kept))

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.statistics import bootstrap, majority, pass_at_k
@@ -71,8 +72,16 @@ def test_bootstrap_resamples_problems_not_samples():
     assert (low, high) == (pytest.approx(0.2), pytest.approx(0.8))
 
 
+@pytest.mark.parametrize("n", [1, 2, 64, 1000])
+def test_no_success_in_n_does_not_prove_zero(n):
+    exact = binomtest(0, n).proportion_ci(0.95, "exact")
+    assert bootstrap([0.0] * n) == (0.0, 0.0, pytest.approx(exact.high))
+    assert bootstrap([1.0] * n) == (1.0, pytest.approx(1 - exact.high), 1.0)
+
+
 def test_bootstrap_leaves_out_what_is_missing():
-    assert bootstrap([1.0, math.nan, 1.0]) == (1.0, 1.0, 1.0)
+    assert bootstrap([0.5, math.nan, 0.5]) == (0.5, 0.5, 0.5)
+    assert bootstrap([1.0, math.nan]) == bootstrap([1.0])
     assert all(map(math.isnan, bootstrap([math.nan])))
     assert all(map(math.isnan, bootstrap([])))
 

