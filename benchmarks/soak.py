@@ -35,7 +35,8 @@ HOSTILE = (
     "import os\nfor _ in range(64): os.write(1, b'x' * (1 << 20))",
     "import os\nif os.fork() == 0:\n    os.setsid()\n    while True: os.write(1, b'y')",
     "import os\nfds = []\nwhile True: fds.append(os.open('/dev/null', 0))",
-    "import threading, time\nthreading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
+    "import threading, time\n"
+    "threading.Thread(target=time.sleep, args=(60,), daemon=True).start()",
     "import ctypes\nctypes.string_at(0)",
     "import os\nos._exit(0)",
     "import os, signal\nfor s in (9, 15, 19):\n    os.kill(os.getppid(), s)",

@@ -40,87 +40,14 @@ _LITERAL = re.compile(r"(?<![\w.])(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?![\w.])")
 _ZEROS = re.compile(r"(?<![\w.])0+(?=[0-9])")
 _WORD = re.compile(r"[A-Za-z]+")
 # Words that say nothing about a quantity.
-_DULL = set(
-    [
-        "a",
-        "an",
-        "the",
-        "is",
-        "are",
-        "was",
-        "were",
-        "be",
-        "been",
-        "has",
-        "have",
-        "had",
-        "do",
-        "does",
-        "did",
-        "will",
-        "would",
-        "can",
-        "could",
-        "of",
-        "to",
-        "for",
-        "from",
-        "by",
-        "with",
-        "at",
-        "and",
-        "or",
-        "so",
-        "if",
-        "then",
-        "that",
-        "this",
-        "these",
-        "those",
-        "there",
-        "it",
-        "its",
-        "he",
-        "she",
-        "they",
-        "his",
-        "her",
-        "their",
-        "him",
-        "them",
-        "we",
-        "our",
-        "you",
-        "your",
-        "i",
-        "my",
-        "in",
-        "on",
-        "per",
-        "each",
-        "every",
-        "more",
-        "now",
-        "still",
-        "also",
-        "which",
-        "who",
-        "than",
-        "as",
-        "total",
-        "needs",
-        "need",
-        "get",
-        "gets",
-        "makes",
-        "make",
-        "made",
-        "takes",
-        "take",
-        "took",
-        "spends",
-        "spent",
-    ]
+_DULL = frozenset(
+    """
+    a an the is are was were be been has have had do does did will would can could of to
+    for from by with at and or so if then that this these those there it its he she they
+    his her their him them we our you your i my in on per each every more now still also
+    which who than as total needs need get gets makes make made takes take took spends
+    spent
+    """.split()  # noqa: SIM905
 )
 _LONGEST = 4  # words in a name
 
@@ -144,6 +71,10 @@ def _program(solution: str, mark: re.Pattern) -> str | None:
                 return None
             expression = _ZEROS.sub("", expression)
             expression = _LITERAL.sub(lambda m: names.get(_value(m[0]), m[0]), expression)
+            try:
+                compile(expression, "<mark>", "eval")
+            except SyntaxError:
+                return None
             name = _name(sentence, match, {line.split(" = ")[0] for line in lines})
             lines.append(f"{name} = {expression}")
             names[_value(result)] = name

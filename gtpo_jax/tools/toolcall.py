@@ -87,7 +87,7 @@ def first(pattern: re.Pattern, text: str) -> re.Match | None:
 
 
 def harmless(text: str) -> str:
-    """No fence, no mark of a format or chat template: ``` -> ''', <|im_end|> -> < |im_end| >."""
+    """No fence, no mark of a format or template: ``` -> ''', <|im_end|> -> < |im_end| >."""
     return _MARK.sub(lambda m: m[0] + " ", text.replace("```", "'''"))
 
 
@@ -164,8 +164,8 @@ def _markdown_feedback(outcome: Result | Invalid, max_chars: int, *also) -> str:
 
 CODE_TAGS_SYSTEM = """You can run Python code. Write it between <code> and </code>, in a block \
 that starts with a line ```python and ends with a line ```. Stop there: the code is run, and \
-what it printed comes back between <interpreter> and </interpreter>. Then go on, with more code \
-or with your final answer."""
+what it printed comes back between <interpreter> and </interpreter>. Then go on, with more \
+code or with your final answer."""
 
 _TAG = re.compile(rf"(?P<call><code>)|(?P<own></?interpreter>)|{_SOLUTION}", re.MULTILINE)
 _TAG_MEANT = re.compile(rf"</code>|<tool_call>|<\|python_tag\|>|{_SOLUTION}", re.MULTILINE)

@@ -219,7 +219,8 @@ TOOLS = TEMPLATE.replace(
 # As reasoning models have it: what was thought before the last answer is dropped.
 FORGETS = TOOLS.replace(
     "{{ m['content'] }}<|end|>\n{% endif %}",
-    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|end|>\n{% endif %}",
+    "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|end|>\n"
+    "{% endif %}",
 )
 TURNS = [
     (FORMATS["hermes"].write("print(6 * 7)"), "42"),

@@ -187,7 +187,7 @@ def test_jsonl_maps_fields_chats_and_lists(tmp_path):
     row = {"question": "How many?", "answer": 34.5}
     (problem,) = load_jsonl("test", put(tmp_path, row))
     assert problem.answer == "34.5"
-    with pytest.raises(InputError, match="field 'reward_model.ground_truth' is missing"):
+    with pytest.raises(InputError, match=r"field 'reward_model\.ground_truth' is missing"):
         load_jsonl("test", tmp_path, fields={"answer": "reward_model.ground_truth"})
     with pytest.raises(InputError, match="only question and answer are mapped"):
         load_jsonl("test", tmp_path, fields={"solution": "x"})

@@ -83,7 +83,8 @@ HOSTILE = {
     "own check": "def check(candidate): pass\ndef add(a, b): return 0",
     "frames": "import sys\ndef add(a, b):\n  f = sys._getframe()\n  while f:\n"
     "    for n in list(f.f_globals):\n      if 'check' in n: f.f_globals[n] = print\n"
-    "    if 'case' in f.f_locals: print(f.f_locals['case']['nonce'])\n    f = f.f_back\n  return 0",
+    "    if 'case' in f.f_locals: print(f.f_locals['case']['nonce'])\n    f = f.f_back\n"
+    "  return 0",
     "garbage": "import gc\ndef add(a, b):\n  for o in gc.get_objects():\n"
     "    if type(o) is dict and 'nonce' in o: print(o['nonce'])\n  return 0",
     "fake replies": "import os\nfor fd in range(3, 9):\n  try:\n"
