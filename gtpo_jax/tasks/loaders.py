@@ -161,7 +161,10 @@ def _jsonl_rows(path: Path) -> Located:
 
 def _json_rows(path: Path) -> Located:
     """The elements of a JSON list, each with the line it begins on."""
-    text = path.read_text(encoding="utf-8-sig")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8: {_one_line(error)}") from None
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
     position = space.match(text).end()
     if text[position : position + 1] != "[":

@@ -10,13 +10,15 @@ import pytest
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.rl.rollout import RolloutConfig, prompt_tokens, rollout
+from gtpo_jax.sft import segment_maker
+from gtpo_jax.tasks.traces import Recorded, Step, to_trace
 from gtpo_jax.tasks.types import Judges, Problem, Task, Verdict
 from gtpo_jax.tasks.verifiers import boxed, same_number
 from gtpo_jax.tools.sandbox import Result, Sandbox
 from gtpo_jax.tools.toolcall import FORMATS, Call, Invalid
 
 END = 0
-FORM = FORMATS["markdown"]
+FORM, HERMES = FORMATS["markdown"], FORMATS["hermes"]
 
 
 def verify(problem, answer, judges):
@@ -127,7 +129,15 @@ def sandbox():
 
 
 def play(
-    sandbox, *members, answer="42", tokenizer=None, slots=3, meta=None, task=TASK, **limits
+    sandbox,
+    *members,
+    answer="42",
+    tokenizer=None,
+    slots=3,
+    meta=None,
+    task=TASK,
+    form=FORM,
+    **limits,
 ):
     problem = Problem("p", "t", ({"role": "user", "content": "Q?"},), answer, meta or {})
     settings = RolloutConfig(**{"max_turns": 3, "max_tokens": 200, "chunk": 7, **limits})
@@ -136,7 +146,7 @@ def play(
     done, stats = rollout(
         engine,
         tokenizer,
-        FORM,
+        form,
         Judges(None, sandbox),
         task,
         [problem],
@@ -326,3 +336,49 @@ def test_the_tasks_prompt_follows_the_question(sandbox):
     assert Characters().decode(tokens) == "Be kind. Q?\n\nBox it."
     tokens = prompt_tokens(problem, "", Characters(), "", 100)
     assert Characters().decode(tokens) == "Q?"
+
+
+def test_a_tool_message_closes_the_turn_unless_it_has_ended(sandbox):
+    """In hermes what comes back is a message of its own; the marks of its output are broken
+    up by the tokenizer, here by Characters, whose one mark is '%'."""
+    call = HERMES.write("print('50%')")
+    bad = "<tool_call>{}<end>"
+    t = play(sandbox, [f"So.\n{call}", bad, "\\boxed{42}<end>"], form=HERMES)
+    decode = Characters().decode
+    assert t.turns[0].call == Call("print('50%')")
+    assert decode(t.turns[0].tokens) == f"So.\n{call}"
+    assert decode(t.turns[0].feedback_tokens) == "![tool 50_]"
+    assert t.turns[1].call == Invalid("unclosed <tool_call>")
+    assert decode(t.turns[1].feedback_tokens) == "[tool invalid call: unclosed < tool_call>]"
+    assert t.correct
+
+
+def test_without_tools_a_call_is_text(sandbox):
+    text = block("print(6*7)") + "\n\\boxed{42}"
+    t = play(sandbox, [f"{text}<end>"], form=FORMATS["none"])
+    assert (t.status, t.correct, len(t.turns)) == ("finished", True, 1)
+    assert t.turns[0].call is None and t.turns[0].result is None
+
+
+@pytest.mark.parametrize("name", ["markdown", "code_tags", "hermes"])
+def test_a_cold_start_sees_the_tokens_that_rl_will_see(sandbox, name):
+    form, tokenizer = FORMATS[name], Characters()
+    steps = (
+        Step("Six times seven.", "print(6*7)", "42\n"),
+        Step("", "print('50%')", "50%\n"),
+        Step("\\boxed{42}"),
+    )
+    problem = Problem("p", "arithmetic", ({"role": "user", "content": "Q?"},), "42")
+    trace = to_trace(Recorded(problem, steps), form, 512, tokenizer.harmless)
+    segment = segment_maker(tokenizer, form, "", 0.0, 99)(trace)
+    script = [turn.text for turn in trace.turns[:-1]] + [trace.turns[-1].text + "<end>"]
+    t = play(sandbox, script, form=form, max_tokens=390)
+    seen = list(t.prompt_tokens)
+    ids = [-1] * len(seen)
+    for j, turn in enumerate(t.turns):
+        seen += turn.tokens + turn.feedback_tokens
+        ids += [j] * len(turn.tokens) + [-1] * len(turn.feedback_tokens)
+    assert segment.tokens.tolist() == seen
+    assert [
+        i if w else -1 for i, w in zip(segment.turn_ids, segment.weights, strict=True)
+    ] == ids

@@ -5,6 +5,8 @@ import sys
 import types
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.tasks import TASKS, get_task, loaders
@@ -170,3 +172,46 @@ def test_an_unknown_task_lists_the_known_ones():
     assert get_task("arithmetic") is TASKS["arithmetic"]
     with pytest.raises(InputError, match="task='chess': one of arithmetic, gsm8k, svamp"):
         get_task("chess")
+
+
+# The names that rows of the benchmarks use, so that rows are nearly right.
+NAMES = st.sampled_from(
+    """question answer Body Question Answer problem final_answer qid choices answerKey label
+    text task_id prompt entry_point canonical_solution test code test_list test_setup_code role
+    content""".split()  # noqa: SIM905
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
+    max_leaves=8,
+)
+LOADED = [name for name in TASKS if name != "arithmetic"]
+
+
+def files_of(line):
+    """A task's file, JSON lines or a list, of one row or a broken one."""
+    return line.encode("utf-8", "surrogatepass") if isinstance(line, str) else line
+
+
+@pytest.mark.parametrize("name", LOADED)
+@given(
+    row=st.dictionaries(NAMES, VALUES, max_size=8).map(json.dumps)
+    | VALUES.map(json.dumps)
+    | st.text()
+    | st.binary(),
+    listed=st.booleans(),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_file_is_read_or_refused_in_one_line(tmp_path_factory, name, row, listed):
+    folder = tmp_path_factory.getbasetemp() / "fuzz"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.{'json' if listed else 'jsonl'}"
+    data = files_of(row)
+    path.write_bytes(b"[" + data + b"]" if listed else data)
+    task = get_task(name)
+    try:
+        problems = task.load("test", path=path)
+    except InputError as error:
+        assert "\n" not in str(error) and name in str(error)
+    else:
+        assert all(p.answer and p.messages[-1]["role"] == "user" for p in problems)
