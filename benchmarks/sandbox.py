@@ -20,9 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from gtpo_jax.errors import run_command
-from gtpo_jax.tools.sandbox import Sandbox
+from gtpo_jax.tools.sandbox import PRELOAD, Sandbox
 
-PRELOAD = ("math", "fractions", "itertools", "collections", "numpy", "sympy")
 PROGRAMS = (
     "print(sum(i * i for i in range(1000)))",
     "import math\nprint(math.comb(30, 12))",

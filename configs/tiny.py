@@ -52,4 +52,5 @@ def get_config(algorithm: str | None = None):
     config.sandbox.wall_seconds = 5.0
     config.sandbox.cpu_seconds = 2.0
     config.sandbox.memory_mib = 256
+    config.sandbox.preload = ("math", "random")
     return with_algorithm(config, algorithm)

@@ -51,7 +51,7 @@ def judges(config: ConfigDict) -> Iterator[Judges]:
         output_bytes=s.output_bytes,
     )
     with (
-        Sandbox(workers=s.workers or None, isolation=s.isolation, limits=limits) as programs,
+        Sandbox(s.workers or None, s.isolation, s.preload, limits, s.echo_last) as programs,
         Verifier(v.workers or None, v.cpu_seconds, v.memory_mib) as answers,
     ):
         yield Judges(answers, programs)

@@ -80,6 +80,9 @@ def default() -> ConfigDict:
                 "cpu_seconds": 5.0,
                 "memory_mib": 1024,
                 "output_bytes": 4096,
+                # imported before the first run; a run may import others itself, more slowly
+                "preload": ("math", "fractions", "itertools", "collections", "numpy", "sympy"),
+                "echo_last": False,  # print the value of a last expression, as a notebook does
             },
             "verify": {
                 "workers": 0,  # 0: as many as CPUs, at most 4

@@ -102,7 +102,9 @@ def _telling(text: str) -> list[str]:
     return [w for w in words if w not in _DULL]
 
 
-def gsm8k(split: str, path: str | None, count: int | None, workers: int | None) -> tuple:
+def gsm8k(
+    sandbox: Sandbox, split: str, path: str | None, count: int | None
+) -> tuple[list[Recorded], int]:
     """(traces that are right, how many problems there were)."""
 
     def make(row: Row, index: int) -> tuple[Problem, list[str]]:
@@ -110,16 +112,15 @@ def gsm8k(split: str, path: str | None, count: int | None, workers: int | None) 
 
     rows = read_rows(path or GSM8K_HUB, split, GSM8K_FIELDS, make, count)
     kept = []
-    with Sandbox(workers=workers) as sandbox:
-        ran = [(p, [(code, sandbox.submit(code)) for code in codes]) for p, codes in rows]
-        for problem, tries in ran:
-            for code, future in tries:
-                result = future.result()
-                if result.status == "infra":
-                    raise InputError(f"{problem.id}: the sandbox failed: {result.output}")
-                if result.status == "ok" and same_number(problem.answer, result.output):
-                    kept.append(_recorded(problem, code, result.output))
-                    break
+    ran = [(p, [(code, sandbox.submit(code)) for code in codes]) for p, codes in rows]
+    for problem, tries in ran:
+        for code, future in tries:
+            result = future.result()
+            if result.status == "infra":
+                raise InputError(f"{problem.id}: the sandbox failed: {result.output}")
+            if result.status == "ok" and same_number(problem.answer, result.output):
+                kept.append(_recorded(problem, code, result.output))
+                break
     return kept, len(rows)
 
 
@@ -145,11 +146,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--split", default="train")
     parser.add_argument("--count", type=int, help="the first problems only")
     parser.add_argument("--workers", type=int, help="of the sandbox; as many as CPUs")
+    parser.add_argument("--isolation", default="auto", help="auto, bwrap or process")
     options = parser.parse_args(arguments)
     if options.task not in MAKERS:
         raise InputError(f"--task={options.task!r}: one of {', '.join(MAKERS)}")
-    make = MAKERS[options.task]
-    kept, seen = make(options.split, options.path, options.count, options.workers)
+    with Sandbox(options.workers, options.isolation, preload=()) as sandbox:
+        make = MAKERS[options.task]
+        kept, seen = make(sandbox, options.split, options.path, options.count)
     write(options.out, kept)
     print(f"{options.out}: {len(kept)} traces of {seen} problems, each run and right")
 

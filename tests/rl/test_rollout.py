@@ -124,7 +124,7 @@ class ScriptedEngine:
 
 @pytest.fixture(scope="module")
 def sandbox():
-    with Sandbox(workers=2, isolation="process") as pool:
+    with Sandbox(workers=2, isolation="process", preload=()) as pool:
         yield pool
 
 

@@ -248,7 +248,7 @@ def test_feedback_is_what_the_real_sandbox_and_format_say(traces):
     sandbox = pytest.importorskip("gtpo_jax.tools.sandbox")
     toolcall = pytest.importorskip("gtpo_jax.tools.toolcall")
     markdown = toolcall.FORMATS["markdown"]
-    box = sandbox.Sandbox()
+    box = sandbox.Sandbox(preload=())
     try:
         for trace in sample(traces):
             history = []

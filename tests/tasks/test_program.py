@@ -30,7 +30,7 @@ ROW = {
 def sandbox(request):
     limits = Limits(wall_seconds=1.5, cpu_seconds=1.0, memory_mib=256)
     try:
-        with Sandbox(isolation=request.param, limits=limits) as made:
+        with Sandbox(isolation=request.param, limits=limits, preload=()) as made:
             yield made
     except InputError as error:
         pytest.skip(str(error))
@@ -156,14 +156,14 @@ root.left = Node(2)
 assert depth(root) == 2 and root.left.value == 2 and root.left != 2
 assert list(names()) == ["a"]
 """
-    with Sandbox(workers=1, isolation="process") as sandbox:
+    with Sandbox(workers=1, isolation="process", preload=()) as sandbox:
         assert grade(sandbox, program, tests, ["Node", "depth", "names"]).result().status == (
             "right"
         )
 
 
 def test_our_own_failure_is_infra():
-    sandbox = Sandbox(workers=1, isolation="process")
+    sandbox = Sandbox(workers=1, isolation="process", preload=())
     future = grade(sandbox, "import time\ntime.sleep(60)", "f()", ["f"])
     waiting = grade(sandbox, "f = int", "assert f() == 0", ["f"])
     sandbox.close()
@@ -266,7 +266,7 @@ def test_every_reference_solution_passes_and_a_broken_one_fails(name, split):
     task = get_task(name)
     problems = task.load(split, path=DATA / name)
     assert len(problems) == REAL[name, split]
-    with Sandbox(isolation="process") as sandbox:
+    with Sandbox(isolation="process", preload=()) as sandbox:
         judges = Judges(None, sandbox)
         right = [task.verify(p, p.answer, judges) for p in problems]
         broken = [

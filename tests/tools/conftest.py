@@ -5,6 +5,8 @@ import pytest
 from gtpo_jax.errors import InputError
 from gtpo_jax.tools.sandbox import Limits, Sandbox
 
+# numpy and sympy have tests of their own: every worker would take a second to import them.
+LIGHT = ("math", "random", "itertools")
 LIMITS = Limits(wall_seconds=2.0, cpu_seconds=0.5, memory_mib=128, output_bytes=1000)
 
 
@@ -27,7 +29,7 @@ def isolation(request):
 
 @pytest.fixture(scope="module")
 def pool(isolation):
-    with Sandbox(workers=2, isolation=isolation, limits=LIMITS) as pool:
+    with Sandbox(workers=2, isolation=isolation, limits=LIMITS, preload=LIGHT) as pool:
         yield pool
 
 
@@ -35,7 +37,7 @@ def pool(isolation):
 def single():
     if no_bwrap():
         pytest.skip(no_bwrap())
-    with Sandbox(workers=1, limits=LIMITS) as pool:
+    with Sandbox(workers=1, limits=LIMITS, preload=LIGHT) as pool:
         yield pool
 
 

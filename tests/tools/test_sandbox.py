@@ -76,7 +76,7 @@ def test_each_run_starts_alike(sandbox):
 
 
 def test_echo_of_the_last_expression():
-    with Sandbox(workers=1, isolation="process", echo_last=True) as sandbox:
+    with Sandbox(workers=1, isolation="process", preload=(), echo_last=True) as sandbox:
         check(sandbox.run("x = 'a'\nx"), "ok", "'a'\n")
         check(sandbox.run("x = 1"), "ok", "")
         check(sandbox.run("1\nNone"), "ok", "")
@@ -150,14 +150,18 @@ def test_a_lost_worker_is_replaced(sandbox):
 
 
 def test_a_worker_that_keeps_dying_is_infra():
-    with Sandbox(workers=1, isolation="process", limits=Limits(cpu_seconds=0.5)) as sandbox:
+    with Sandbox(
+        workers=1, isolation="process", preload=(), limits=Limits(cpu_seconds=0.5)
+    ) as sandbox:
         result = sandbox.run("import os; os.kill(os.getppid(), 9); os.kill(os.getpid(), 9)")
         assert result.status == "infra" and result.output
         assert sandbox.run("print(1)").status == "ok"
 
 
 def test_metrics():
-    with Sandbox(workers=1, isolation="process", limits=Limits(cpu_seconds=0.5)) as sandbox:
+    with Sandbox(
+        workers=1, isolation="process", preload=(), limits=Limits(cpu_seconds=0.5)
+    ) as sandbox:
         wait([sandbox.submit(c) for c in ("1", "while True: pass", "2", "1 / 0")])
         metrics = sandbox.metrics()
         assert metrics["runs"] == 4 and metrics["timeout_rate"] == 0.25
@@ -200,7 +204,7 @@ import time; time.sleep(600)
 
 
 def test_close_ends_what_runs():
-    sandbox = Sandbox(workers=1, isolation="process")
+    sandbox = Sandbox(workers=1, isolation="process", preload=())
     running, waiting = (sandbox.submit("import time; time.sleep(60)") for _ in range(2))
     while not running.running():
         pass
