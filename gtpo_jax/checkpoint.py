@@ -19,7 +19,10 @@ from gtpo_jax.errors import InputError
 
 
 class Checkpoints:
-    """The checkpoints of one run folder, the newest `keep` of them."""
+    """The checkpoints of one run folder, the newest `keep` of them.
+
+    A context manager: leaving it, by whatever way, waits for the save in flight.
+    """
 
     def __init__(self, workdir: Path, keep: int = 2) -> None:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
@@ -57,8 +60,10 @@ class Checkpoints:
             )
         return restored["state"], cursor
 
-    def close(self) -> None:
-        """Wait for the save in flight."""
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
         self._manager.wait_until_finished()
         self._manager.close()
 

@@ -1,4 +1,4 @@
-"""The one exception that means "your input is wrong", and how a command reports it."""
+"""The one exception that means "your input is wrong", and how a command ends."""
 
 import sys
 import traceback
@@ -10,9 +10,8 @@ class InputError(ValueError):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2.
-
-    With --debug on the command line the traceback is shown as well.
+    """Run a command's `main`; an `InputError` becomes one line on stderr and exit code 2,
+    Ctrl-C one line and exit code 130. With --debug the traceback is shown as well.
     """
     try:
         main()
@@ -21,3 +20,8 @@ def run_command(main: Callable[[], None]) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print("interrupted; the same command goes on from what was saved", file=sys.stderr)
+        raise SystemExit(130) from None

@@ -11,6 +11,7 @@ With `sft.stop_accuracy` it ends once that share of the numbers in held-out trac
 predicted right.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def negative_log_likelihood(inputs: LossInputs):
 def run(config: ConfigDict, workdir: Path) -> TrainState:
     """Train on the traces of the config; evaluate at the end."""
     sft = config.sft
-    with build.judges(config) as judges:
+    with contextlib.ExitStack() as stack:  # closed in any case: a save under way is finished
+        judges = stack.enter_context(build.judges(config))
         # ---- setup -------------------------------------------------------------------------
         devices = parallel.make(config.parallel.mapping, config.parallel.devices)
         policy = build.policy(config, workdir)
@@ -84,7 +86,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
         state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
 
         # ---- restore -----------------------------------------------------------------------
-        checkpoints = Checkpoints(workdir, keep=1)
+        checkpoints = stack.enter_context(Checkpoints(workdir, keep=1))
         cursor = {"step": 0, "consumed": 0, "seed": config.seed, "done": False}
         if checkpoints.latest() is not None:
             state, cursor = checkpoints.restore(state, config.seed)
@@ -118,7 +120,6 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
             cursor = {**cursor, "step": step, "done": done}
             if done or step % sft.checkpoint_every == 0:
                 checkpoints.save(step, state, cursor)
-        checkpoints.close()
 
         # ---- evaluate ----------------------------------------------------------------------
         engine = build.engine(config, policy)

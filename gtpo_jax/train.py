@@ -9,6 +9,7 @@ A run starts in one of four ways, in this order:
     4. otherwise                        from a fresh initialisation
 """
 
+import contextlib
 import functools
 import json
 import time
@@ -53,7 +54,8 @@ def run(
     similarity = known(SIMILARITIES, config.reward.similarity, "similarity")
     equal, returns = jax.jit(equal_groups), jax.jit(discounted_returns)
     compiles = CompileCounter()
-    with build.judges(config) as judges:
+    with contextlib.ExitStack() as stack:  # closed in any case: a save under way is finished
+        judges = stack.enter_context(build.judges(config))
         # ---- setup -------------------------------------------------------------------------
         devices = parallel.make(config.parallel.mapping, config.parallel.devices)
         problems = build.problems(config, "train")
@@ -89,7 +91,7 @@ def run(
         reference = jax.tree.map(jnp.array, params) if wants_reference else None
 
         # ---- restore -----------------------------------------------------------------------
-        checkpoints = Checkpoints(workdir, config.keep_checkpoints)
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
         cursor = {"step": 0, "consumed": 0, "seed": config.seed}
         if checkpoints.latest() is not None:
             state, cursor = checkpoints.restore(state, config.seed)
@@ -138,6 +140,7 @@ def run(
                 "train",
                 {
                     **rollout_metrics(trajectories, stats),
+                    **judges.metrics(),
                     "reward/mean": earned.mean() if len(earned) else 0.0,
                     "reward/equal_groups": equal(rewards, mask, groups).mean(),
                     **advantage_metrics(advantage, mask),
@@ -161,7 +164,6 @@ def run(
                 )
             if cursor["step"] % config.checkpoint_every == 0 or step + 1 == config.steps:
                 checkpoints.save(cursor["step"], state, cursor)
-        checkpoints.close()
         log.close()
     return state
 

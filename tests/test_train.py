@@ -2,6 +2,7 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -70,6 +71,15 @@ def start(workdir, **overrides):
     )
 
 
+def below(pid):
+    """The processes below one, at any depth."""
+    found = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in path.read_text().split():
+            found += [int(child), *below(child)]
+    return found
+
+
 def arrays_of(run):
     """Every array of the newest checkpoint's state, by name, read without the trainer."""
     import orbax.checkpoint as ocp
@@ -127,6 +137,22 @@ def test_killed_and_resumed_equals_uninterrupted_to_the_bit(whole, tmp_path):
     assert [m["step"] for m in metrics.read(tmp_path)] == [
         m["step"] for m in metrics.read(whole)
     ]
+
+
+def test_ctrl_c_ends_cleanly_and_leaves_no_worker(tmp_path):
+    process = start(tmp_path, steps=1000)
+    for line in process.stdout:
+        if line.strip().split("] ")[-1].startswith("train 1"):
+            break
+    children = [os.pidfd_open(pid) for pid in below(process.pid)]
+    assert children
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, out
+    assert "Traceback" not in out and out.strip().endswith("goes on from what was saved")
+    for fd in children:
+        assert select.select([fd], [], [], 20)[0], "a worker outlived the run"
+        os.close(fd)
 
 
 def test_metrics_have_the_documented_keys(whole):

@@ -46,6 +46,10 @@ class Judges(NamedTuple):
     answers: "Verifier"
     programs: "Sandbox"
 
+    def metrics(self) -> dict[str, float]:
+        """What the sandbox did since the last call, tool calls and programs together."""
+        return {f"sandbox/{name}": value for name, value in self.programs.metrics().items()}
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
