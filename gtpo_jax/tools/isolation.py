@@ -24,16 +24,16 @@ BWRAP_FLAGS = """--unshare-user --unshare-pid --unshare-net --unshare-ipc --unsh
     --die-with-parent --new-session --as-pid-1 --cap-drop ALL --clearenv"""
 BWRAP_FOLDERS = """--tmpfs /scratch --proc /proc --dev /dev
     --remount-ro / --remount-ro /dev --chdir /scratch"""
-# System calls that get around a limit or reach another process: memory no limit counts
-# (memfd_create, shmget, msgget, mq_open), the worker (ptrace, kcmp, process_vm_*, sched_set*,
-# setpriority, ioprio_set, pidfd_getfd, process_madvise), new rights (unshare, setns, mounts),
-# and much code of the kernel that no call needs (keys, bpf, perf, userfaultfd, io_uring).
-# By machine: audit number, clone, prlimit64, then those that are refused.
+# System calls that get around a limit or reach another process: memory no limit counts and
+# what outlives a run (memfd_create, shmget, msgget, semget, mq_open), the worker (ptrace, kcmp,
+# process_vm_*, sched_set*, setpriority, ioprio_set, pidfd_getfd, process_madvise), new rights
+# (unshare, setns, mounts), and much code of the kernel that no call needs (keys, bpf, perf,
+# userfaultfd, io_uring). By machine: audit number, clone, prlimit64, then those refused.
 SYSTEM_CALLS = {
-    "x86_64": """0xC000003E 56 302 29 68 101 141 142 144 155 165 166 203 240 248 249 250 251 272
-        298 304 308 310 311 312 314 319 321 323 425 438 440 447""",
-    "aarch64": """0xC00000B7 220 261 30 39 40 41 97 117 118 119 122 140 180 186 194 217 218 219
-        241 265 268 270 271 272 274 279 280 282 425 438 440 447""",
+    "x86_64": """0xC000003E 56 302 29 64 68 101 141 142 144 155 165 166 203 240 248 249 250 251
+        272 298 304 308 310 311 312 314 319 321 323 425 438 440 447""",
+    "aarch64": """0xC00000B7 220 261 30 39 40 41 97 117 118 119 122 140 180 186 190 194 217 218
+        219 241 265 268 270 271 272 274 279 280 282 425 438 440 447""",
 }
 
 

@@ -99,6 +99,78 @@ def test_large_files(sandbox):
     check(sandbox.run(code), "error", "line 1: OSError: [Errno 27] File too large")
 
 
+THREAD = (
+    "import threading, time\nt = threading.Thread(target=time.sleep, args=(60,), daemon={})\n"
+)
+GROWING = [  # code, status (None: not ok), what the output ends with or holds
+    ("fds = []\nwhile True: fds.append(open('/dev/null'))", "error", "Too many open files"),
+    (THREAD.format(False) + "t.start()", "timeout", "stopped after 2 s"),
+    (THREAD.format(True) + "t.start()\nprint(1)", "ok", "1\n"),
+    ("print(2 ** 10 ** 8)", "error", "sys.set_int_max_str_digits()"),
+    ("import sys\nsys.set_int_max_str_digits(0)\nprint(2 ** 10 ** 8)", "timeout", "0.5 s"),
+    ("import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(): f()\nf()", None, ""),
+    ("x = []\nfor _ in range(10 ** 5): x = [x]\nprint(repr(x))", "error", "RecursionError"),
+    ("import sys\nprint(sys.stdin.read() == '')", "ok", "True\n"),
+    (
+        "f = open('sparse', 'wb')\nf.seek(10 ** 10)\nf.write(b'x')\nf.flush()",
+        "error",
+        "too large",
+    ),
+]
+
+
+@pytest.mark.parametrize(("code", "status", "end"), GROWING)
+def test_things_that_grow_or_last(sandbox, code, status, end):
+    result = sandbox.run(code)
+    assert result.status in ((status,) if status else ("killed", "memory", "timeout", "error"))
+    assert end in result.output
+
+
+def test_catching_everything_does_not_help(sandbox):
+    code = """
+import signal
+for s in range(1, 65):
+    try: signal.signal(s, lambda *_: None)
+    except (OSError, ValueError): pass
+while True:
+    try:
+        while True: pass
+    except BaseException: pass
+"""
+    check(sandbox.run(code), "timeout", "timeout: stopped after 0.5 s")
+
+
+def test_links_in_the_scratch_folder_lead_nowhere(sandbox, tmp_path):
+    (tmp_path / "kept").write_text("mine")
+    code = f"""
+import os
+os.symlink({str(tmp_path)!r}, 'folder')
+os.symlink({str(tmp_path / "kept")!r}, 'file')
+os.mkdir('deep')
+os.symlink('..', 'deep/up')
+os.symlink('loop', 'loop')
+os.mkfifo('pipe')
+os.chmod('deep', 0)
+"""
+    check(sandbox.run(code), "ok", "")
+    check(sandbox.run("import os; print(os.listdir('.'))"), "ok", "[]\n")
+    assert (tmp_path / "kept").read_text() == "mine"
+
+
+def test_the_host_s_processes_are_watched_under_a_fork_bomb(sandbox):
+    def count():
+        return sum(name.isdigit() for name in os.listdir("/proc"))
+
+    before, most = count(), 0
+    code = "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass"
+    futures = [sandbox.submit(code) for _ in range(4)]
+    while not all(f.done() for f in futures):
+        most = max(most, count())
+    assert {f.result().status for f in futures} <= {"killed", "timeout"}
+    # Two at a time, each stopped some hundredths of a second after its sixteenth process.
+    assert most - before < 2000
+
+
 # --- what only bwrap holds ---
 
 
@@ -172,6 +244,59 @@ os.memfd_create('a')
         "error",
         "-1 -1 -1\nline 5: PermissionError: [Errno 1] Operation not permitted",
     )
+
+
+@pytest.mark.parametrize(
+    ("code", "wrong"),
+    [
+        ("os.chroot('/scratch')", "PermissionError"),
+        ("os.mknod('device', 0o60600, os.makedev(8, 0))", "PermissionError"),
+        ("os.setuid(0)", "PermissionError"),
+        ("socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)", "PermissionError"),
+        ("socket.getaddrinfo('example.org', 80)", "gaierror"),
+        ("socket.create_connection(('127.0.0.1', 22), 1)", "Error"),
+        ("open('/scratch/../etc/shadow')", "Error"),
+        ("open('/dev/shm/x', 'w')", "Error"),
+        ("open('/tmp/x', 'w')", "Error"),
+        ("open('/proc/sys/kernel/hostname', 'w')", "Error"),
+        ("os.remove(os.__file__)", "Error"),
+    ],
+)
+def test_what_is_refused(jail, code, wrong):
+    result = jail.run(f"import os, socket\n{code}")
+    assert result.status == "error" and wrong in result.output, result
+
+
+def test_no_socket_of_the_host_is_reached(jail):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("\0gtpo_jax-test")  # an abstract one, which no file permission guards
+        server.listen()
+        code = "import socket\ns = socket.socket(socket.AF_UNIX)\ns.connect('\\0gtpo_jax-test')"
+        result = jail.run(code)
+    assert result.status == "error" and "ConnectionRefusedError" in result.output
+
+
+def test_a_full_scratch_folder_is_empty_for_the_next_run(jail):
+    code = "for i in range(100): open(f'f{i}', 'wb').write(bytes(1 << 20))"
+    result = jail.run(code)
+    assert result.status == "error" and "No space left" in result.output
+    code = "open('f', 'wb').write(bytes(15 << 20))\nimport os\nprint(os.listdir('.'))"
+    check(jail.run(code), "ok", "['f']\n")
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="numbers of x86_64's system calls")
+def test_nothing_can_be_left_in_the_kernel(jail):
+    code = """
+import ctypes
+libc = ctypes.CDLL(None, use_errno=True)
+calls = dict(shmget=(29, 77, 4096, 0o1600), msgget=(68, 77, 0o1600), semget=(64, 77, 1, 0o1600),
+             mq_open=(240, b"/q", 0o102, 0o600, 0), add_key=(248, b"user", b"k", b"x", 1, -4),
+             keyctl=(250, 0, -4, 1), memfd_create=(319, b"m", 0), bpf=(321, 0, 0, 0),
+             io_uring_setup=(425, 1, 0), ptrace=(101, 0, 0, 0, 0), mount=(165, 0, 0, 0, 0, 0),
+             userfaultfd=(323, 0), perf_event_open=(298, 0, 0, -1, -1, 0))
+print([name for name, args in calls.items() if libc.syscall(*args) >= 0])
+"""
+    check(jail.run(code), "ok", "[]\n")
 
 
 def test_a_deep_folder_costs_the_worker_only(jail):
