@@ -45,7 +45,7 @@ from gtpo_jax.tools.isolation import (
 )
 from gtpo_jax.tools.verdict import Limits, Result, judge
 
-MAX_RUNS = 500  # after so many a worker is replaced
+MAX_RUNS = 5000  # after so many a worker is replaced, which takes a second
 START_SECONDS = 60.0
 GRACE_SECONDS = 10.0  # beyond its limits before a worker counts as lost
 PRELOAD = ("math", "fractions", "itertools", "collections", "numpy", "sympy")

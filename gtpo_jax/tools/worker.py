@@ -269,6 +269,20 @@ def forbid(program: bytes) -> None:
         raise OSError("this kernel refuses the filter of system calls (seccomp)")
 
 
+def collapse_pages() -> None:
+    """Put the heap on huge pages: a fork copies one entry for each, not 512 of them, which
+    halves what a fork costs with numpy and sympy loaded. Kernels before 6.1 refuse."""
+    size, hugepage, collapse = 1 << 21, 14, 25
+    with open("/proc/self/maps") as file:
+        maps = [line.split() for line in file]
+    for span, mode, _, _, _, *name in maps:
+        if mode == "rw-p" and name in ([], ["[heap]"]):
+            low, high = (int(end, 16) for end in span.split("-"))
+            for start in range(-(-low // size) * size, high - size + 1, size):
+                for advice in (hugepage, collapse):
+                    LIBC.madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), advice)
+
+
 def leave(scratch: str) -> None:
     """The host has gone: leave nothing behind."""
     sweep()
@@ -310,6 +324,7 @@ def main() -> None:
     prctl(PR_SET_PDEATHSIG, signal.SIGKILL if os.getpid() == 1 else signal.SIGTERM)
     gc.collect()
     gc.freeze()
+    collapse_pages()
     with open("/proc/self/statm") as file:
         address, resident = (int(n) * PAGE for n in file.read().split()[:2])
     config |= {"address_bytes": address, "resident": resident}
