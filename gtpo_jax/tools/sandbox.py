@@ -252,6 +252,7 @@ class Sandbox:
             reason = "the sandbox was closed"
         elif reason:
             reason = one.last_words() or reason
+        reason = reason or ready.get("refused", "")
         if not reason and "missing" not in ready:
             return one
         self._drop(one)

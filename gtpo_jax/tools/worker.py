@@ -314,6 +314,10 @@ def main() -> None:
         os.setgroups([])
         os.setresgid(*[config["drop_uid"]] * 3)
         os.setresuid(*[config["drop_uid"]] * 3)
+        for path in (os.__file__, *config["path"]):
+            if not os.access(path, os.R_OK):  # what a run imports later would be missing
+                send(channel, {"refused": f"user {config['drop_uid']} cannot read {path}"})
+                return
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # pid 1 without handlers gets no signals
     if config["filter"]:
         forbid(bytes.fromhex(config["filter"]))
