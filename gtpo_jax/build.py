@@ -196,7 +196,7 @@ def stop_ids(tokenizer: Tokenizer, chosen: Format) -> tuple[int, ...]:
 
 def rollout_config(config: ConfigDict) -> RolloutConfig:
     """The rollout's part of the config."""
-    r = config.rollout
+    r, d = config.rollout, config.rollout.deterministic
     return RolloutConfig(
         max_turns=r.max_turns,
         max_tokens=r.max_tokens,
@@ -204,6 +204,7 @@ def rollout_config(config: ConfigDict) -> RolloutConfig:
         system=form(config).system if r.system_prompt else "",
         chunk=r.chunk,
         stateful=r.stateful,
+        deterministic=jax.default_backend() == "cpu" if d is None else d,
     )
 
 

@@ -68,6 +68,7 @@ def default() -> ConfigDict:
                 "max_feedback_chars": 512,
                 "temperature": 1.0,
                 "stateful": False,
+                "deterministic": placeholder(bool),  # None: on a CPU
                 "chunk": 16,
                 "slots": 128,
                 "prefill_rows": 16,

@@ -9,9 +9,10 @@ so a prompt or a feedback is written by a forward pass without logits, and `deco
 feeding the last token, whoever wrote it. Nothing is ever computed twice: not on `append`, and
 `rewind` only forgets. Entries beyond a slot's length are stale, masked and overwritten later.
 
-Shapes are fixed: prefill and append work on `rows` slots at a time with lengths from
-`buckets`, decode always on all slots. So after warm-up nothing compiles, and a trajectory's
-numbers do not depend on who shares the batch with it.
+Shapes come from a short list: prefill and append work on `rows` slots at a time with lengths
+from `buckets`, decode always on all slots, and the cache is as long as the longest slot in use
+needs (`capacities`), since every step reads all of it. So after warm-up nothing compiles, and a
+trajectory's numbers depend on who shares the batch with it in the last bits at most.
 """
 
 import functools
@@ -26,6 +27,8 @@ from gtpo_jax.model import sampling
 from gtpo_jax.model.attention import Cache
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.transformer import Block, Params, head, norm
+
+SHORTEST = 256  # tokens of cache that a slot has at the least
 
 
 class Engine:
@@ -52,12 +55,16 @@ class Engine:
         self.max_length = max_length
         self.rows = min(rows, slots)
         self.buckets = sorted({min(b, max_length) for b in buckets} | {max_length})
+        doubled = (SHORTEST << i for i in range(max_length.bit_length()))
+        self.capacities = [c for c in doubled if c < max_length] + [max_length]
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
         self.prefilled = 0  # tokens that went through a forward pass in prefill and append
+        self.slot_steps = 0  # decoding steps times slots, idle ones too
         self._keys = np.zeros((slots, 2), np.uint32)
         self._turns = np.zeros(slots, np.int32)
+        self._prompts = np.zeros(slots, np.int32)  # lengths
         self._params: Params | None = None
-        shape = (slots, config.kv_heads, max_length, config.head_dim)
+        shape = (slots, config.kv_heads, self.capacities[0], config.head_dim)
         self._caches = [
             (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
             for _ in range(config.layers)
@@ -70,6 +77,7 @@ class Engine:
         )
         self._extend = jax.jit(functools.partial(_extend, config), donate_argnums=1)
         self._fork = jax.jit(_fork, donate_argnums=0)
+        self._resize = jax.jit(_resize, static_argnums=1)
         self._refresh = jax.jit(functools.partial(_per_layer, config))
 
     def refresh(self, params: Params) -> None:
@@ -97,13 +105,15 @@ class Engine:
         keys: np.ndarray,
     ) -> None:
         """Start each target with the first `lengths` tokens of its source, cache included."""
-        source_index = np.arange(self.slots, dtype=np.int32)
-        for source, target in zip(sources, targets, strict=True):
-            source_index[target] = source
         prompts = [self.tokens[s][:n] for s, n in zip(sources, lengths, strict=True)]
         for target, prompt, key in zip(targets, prompts, keys, strict=True):
             self._start(target, prompt, key)
-        self._caches = self._fork(self._caches, source_index)
+        for first in range(0, len(targets), self.rows):
+            # Targets beyond the last slot are padding: nothing is written there.
+            index = np.full((2, self.rows), ((0,), (self.slots,)), np.int32)
+            chunk = slice(first, first + self.rows)
+            index[:, : len(targets[chunk])] = sources[chunk], targets[chunk]
+            self._caches = self._fork(self._caches, *index)
 
     def append(self, slots: Sequence[int], feedback: Sequence[Sequence[int]]) -> None:
         """Add tokens that the policy did not sample; the next decode is a new turn."""
@@ -131,9 +141,10 @@ class Engine:
         room = np.zeros(self.slots, np.int32)
         for slot, limit in zip(slots, limits, strict=True):
             room[slot] = min(limit, steps, self.max_length - len(self.tokens[slot]))
+        self._hold([len(self.tokens[s]) + int(room[s]) for s in slots])
         lengths = np.array([max(len(t), 1) - 1 for t in self.tokens], np.int32)
         pending = np.array([t[-1] if t else 0 for t in self.tokens], np.int32)
-        self._caches, tokens, logprobs, counts = self._decode(
+        self._caches, tokens, logprobs, counts, steps_run = self._decode(
             self._params,
             self._caches,
             lengths,
@@ -143,7 +154,10 @@ class Engine:
             self._turns,
             steps=steps,
         )
-        tokens, logprobs, counts = jax.device_get((tokens, logprobs, counts))
+        tokens, logprobs, counts, steps_run = jax.device_get(
+            (tokens, logprobs, counts, steps_run)
+        )
+        self.slot_steps += self.slots * int(steps_run)
         sampled = []
         for slot in slots:
             new = tokens[slot, : counts[slot]].tolist()
@@ -160,16 +174,26 @@ class Engine:
     def release(self, slot: int) -> None:
         """Nothing more is decoded here. Its prompt may still be forked until it is reused."""
         self._turns[slot] = 0
+        del self.tokens[slot][self._prompts[slot] :]
 
     def _start(self, slot: int, prompt: list[int], key: np.ndarray) -> None:
         self.tokens[slot] = prompt
         self._keys[slot] = key
         self._turns[slot] = 0
+        self._prompts[slot] = len(prompt)
+
+    def _hold(self, lengths: Sequence[int]) -> None:
+        """Make the cache just long enough for all slots and for these lengths."""
+        needed = max([*lengths, *map(len, self.tokens), 1])
+        capacity = next(c for c in self.capacities if c >= needed)
+        if capacity != self._caches[0][0].shape[2]:
+            self._caches = self._resize(self._caches, capacity)
 
     def _run_extend(self, slots: Sequence[int], starts: Sequence[int]) -> None:
         """Write the cache from position starts[i] up to all but the last token of slots[i]."""
         if self._params is None:
             raise ValueError("Engine.refresh(params) comes before the first prefill")
+        self._hold([])
         for first in range(0, len(slots), self.rows):
             chunk = range(first, min(first + self.rows, len(slots)))
             news = [self.tokens[slots[i]][starts[i] : -1] for i in chunk]
@@ -214,9 +238,18 @@ def _extend(config, params, caches, tokens, positions, slots):
     return _forward(config, params, tokens, positions, caches, slots)[1]
 
 
-def _fork(caches, sources):
-    # A target is never also a source of another: rows are gathered before any is written.
-    return jax.tree.map(lambda cache: cache[sources], caches)
+def _fork(caches, sources, targets):
+    # In place, a few rows at a time: a target is never also a source of another.
+    return jax.tree.map(
+        lambda cache: cache.at[targets].set(cache[sources], mode="drop"), caches
+    )
+
+
+def _resize(caches, capacity):
+    """Longer by empty places, or shorter."""
+    missing = max(0, capacity - caches[0][0].shape[2])
+    widths = ((0, 0), (0, 0), (0, missing), (0, 0))
+    return jax.tree.map(lambda cache: jnp.pad(cache[:, :, :capacity], widths), caches)
 
 
 def _decode(
@@ -278,4 +311,4 @@ def _decode(
         "step": jnp.int32(0),
     }
     state = jax.lax.while_loop(going, step, state)
-    return state["caches"], state["tokens"], state["logprobs"], state["counts"]
+    return tuple(state[name] for name in ("caches", "tokens", "logprobs", "counts", "step"))

@@ -12,9 +12,11 @@ Ragged Python on this side, the engine's fixed shapes on the other. What a turn 
 Answers are checked while decoding goes on, and looked at when all trajectories have ended. A
 check that does not finish, or fails by our fault, makes its trajectory a `tool_failure` too.
 
-Everything here is a function of (seed, step) and the weights: trajectories are started in the
-order of problems and members, tools run concurrently but are waited for before the next chunk
-is decoded, and every draw has its trajectory's own key.
+Trajectories are started in the order of problems and members, and every draw has its own key.
+A slot whose trajectory waits for its tool stands aside while the others decode; one that is
+done is filled from the queue at once. In deterministic mode tools run concurrently too, but all
+are waited for before the next chunk is decoded: then everything here is a function of (seed,
+step) and the weights, to the bit, since no shape depends on how long a tool took.
 """
 
 import dataclasses
@@ -22,7 +24,8 @@ import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import ALL_COMPLETED, FIRST_COMPLETED, Future
+from concurrent.futures import wait as wait_for
 
 import numpy as np
 
@@ -32,7 +35,8 @@ from gtpo_jax.model.sampling import trajectory_keys
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.rl.types import Status, Trajectory, Turn
 from gtpo_jax.tasks.types import Judges, Problem, Task, Verdict
-from gtpo_jax.tools.toolcall import Call, Format
+from gtpo_jax.tools.sandbox import Result
+from gtpo_jax.tools.toolcall import Call, Format, Invalid
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class RolloutConfig:
     `system` is put before the problem's messages where it is not empty. `chunk` is how many
     tokens are decoded between two looks at the text: it changes how much is sampled in vain
     past the end of a call, never what is kept. `stateful` replays a trajectory's earlier code
-    before each new block.
+    before each new block. `deterministic`: see above.
     """
 
     max_turns: int
@@ -51,16 +55,19 @@ class RolloutConfig:
     system: str = ""
     chunk: int = 32
     stateful: bool = False
+    deterministic: bool = True
 
 
 @dataclasses.dataclass
 class RolloutStats:
-    """What a rollout cost. Seconds of tools are those the engine spent waiting."""
+    """What a rollout cost. Seconds of tools are those the engine spent waiting; slot steps
+    are those of all slots, whether or not they did something."""
 
     seconds: float = 0.0
     tool_seconds: float = 0.0
     sampled: int = 0
     prefilled: int = 0
+    slot_steps: int = 0
 
     def plus(self, other: "RolloutStats") -> "RolloutStats":
         """Both together."""
@@ -73,6 +80,7 @@ class _Live:
     trajectory: Trajectory
     text_checked: int = 0  # tokens of the open turn already known to hold no complete call
     done: bool = False
+    outcome: Future[Result | Invalid] | None = None  # of its last turn's call
     verdict: Future[Verdict] | None = None
 
     def end(self, status: Status) -> None:
@@ -96,7 +104,7 @@ def rollout(
 
     Raises InputError where a prompt leaves no room in the engine's context.
     """
-    started, prefilled = time.perf_counter(), engine.prefilled
+    started, prefilled, stepped = time.perf_counter(), engine.prefilled, engine.slot_steps
     stats = RolloutStats()
     longest = engine.max_length - limits.max_tokens
     prompts = {
@@ -121,22 +129,21 @@ def rollout(
     checked: list[tuple[Trajectory, Future[Verdict]]] = []
     while waiting or live:
         _refill(engine, done, keys, waiting, live, holds)
-        slots = sorted(live)
-        room = [_room(live[s].trajectory, engine, limits) for s in slots]
-        for slot, (tokens, logprobs) in zip(
-            slots, engine.decode(slots, limits.chunk, room), strict=True
-        ):
-            stats.sampled += len(tokens)
-            turn = live[slot].trajectory.turns[-1]
-            turn.tokens += tokens
-            turn.logprobs += logprobs
-        ended = [
-            s
-            for s in slots
-            if _end_turn(engine, s, live[s], tokenizer, form, task, judges, limits)
-        ]
-        _run_tools(engine, ended, live, tokenizer, form, judges.programs, limits, stats)
-        for slot in [s for s in ended if live[s].done]:
+        _take_outcomes(engine, live, tokenizer, form, limits, stats)
+        slots = [s for s in sorted(live) if live[s].outcome is None and not live[s].done]
+        if slots:
+            room = [_room(live[s].trajectory, engine, limits) for s in slots]
+            for slot, (tokens, logprobs) in zip(
+                slots, engine.decode(slots, limits.chunk, room), strict=True
+            ):
+                stats.sampled += len(tokens)
+                turn = live[slot].trajectory.turns[-1]
+                turn.tokens += tokens
+                turn.logprobs += logprobs
+        for slot in slots:
+            if _end_turn(engine, slot, live[slot], tokenizer, form, task, judges, limits):
+                live[slot].outcome = _start_call(live[slot], judges.programs, limits)
+        for slot in [s for s in sorted(live) if live[s].done]:
             engine.release(slot)
             item = live.pop(slot)
             if item.verdict is not None:
@@ -145,6 +152,7 @@ def rollout(
         _judge(trajectory, verdict.result())
     stats.seconds = time.perf_counter() - started
     stats.prefilled = engine.prefilled - prefilled
+    stats.slot_steps = engine.slot_steps - stepped
     return done, stats
 
 
@@ -324,38 +332,47 @@ def _judge(trajectory: Trajectory, verdict: Verdict) -> None:
         trajectory.status = "tool_failure"
 
 
-def _run_tools(engine, ended, live, tokenizer, form, sandbox, limits, stats) -> None:
-    """Run the calls of the turns that ended, concurrently, and append what comes back."""
-    going = [s for s in ended if not live[s].done]
-    futures = {}
-    for slot in going:
-        trajectory = live[slot].trajectory
-        call = trajectory.turns[-1].call
-        if isinstance(call, Call):
-            history = earlier_code(trajectory) if limits.stateful else ()
-            setup = trajectory.problem.meta.get("setup", "")
-            futures[slot] = sandbox.submit(call.code, history, setup)
-    waited = time.perf_counter()
-    results = {slot: future.result() for slot, future in futures.items()}
-    stats.tool_seconds += time.perf_counter() - waited
+def _start_call(item: _Live, sandbox, limits) -> Future[Result | Invalid] | None:
+    """The outcome of the call that ended the turn; that of an invalid one is there at once."""
+    if item.done:
+        return None
+    trajectory = item.trajectory
+    call = trajectory.turns[-1].call
+    if isinstance(call, Call):
+        history = earlier_code(trajectory) if limits.stateful else ()
+        return sandbox.submit(call.code, history, trajectory.problem.meta.get("setup", ""))
+    outcome: Future[Result | Invalid] = Future()
+    outcome.set_result(call)
+    return outcome
 
+
+def _take_outcomes(engine, live, tokenizer, form, limits, stats) -> None:
+    """Append what came back of the calls. Waits for all of them in deterministic mode, else
+    for one where nothing could be decoded meanwhile."""
+    pending = {s: live[s].outcome for s in sorted(live) if live[s].outcome is not None}
+    if limits.deterministic or len(pending) == len(live):
+        waited = time.perf_counter()
+        until = ALL_COMPLETED if limits.deterministic else FIRST_COMPLETED
+        wait_for(pending.values(), return_when=until)
+        stats.tool_seconds += time.perf_counter() - waited
     appended = []
-    for slot in going:
-        trajectory = live[slot].trajectory
-        turn = trajectory.turns[-1]
-        turn.result = results.get(slot)
-        if turn.result is not None and turn.result.status == "infra":
-            live[slot].end("tool_failure")
-            continue
-        outcome = turn.result if slot in results else turn.call  # an Invalid says why
+    for slot in [s for s, outcome in pending.items() if outcome.done()]:
+        item = live[slot]
+        outcome, item.outcome = item.outcome.result(), None
+        turn = item.trajectory.turns[-1]
+        if isinstance(outcome, Result):
+            turn.result = outcome
+            if outcome.status == "infra":
+                item.end("tool_failure")
+                continue
         text = form.feedback(outcome, limits.max_feedback_chars, tokenizer.harmless)
         ended = bool(turn.tokens) and turn.tokens[-1] in tokenizer.end_ids
         feedback = feedback_tokens(tokenizer, form, text, ended)
-        if len(feedback) >= _room(trajectory, engine, limits):
-            live[slot].end("truncated")
+        if len(feedback) >= _room(item.trajectory, engine, limits):
+            item.end("truncated")
             continue
         turn.feedback_tokens = feedback
-        trajectory.turns.append(Turn([], []))
+        item.trajectory.turns.append(Turn([], []))
         appended.append((slot, feedback))
     if appended:
         engine.append([s for s, _ in appended], [f for _, f in appended])

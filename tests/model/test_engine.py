@@ -167,3 +167,31 @@ def test_bad_input_is_named():
         engine.append([0], [[2] * 10])
     with pytest.raises(ValueError, match="rewind to 71"):
         engine.rewind(0, 71)
+
+
+def test_the_cache_is_as_long_as_it_has_to_be(monkeypatch):
+    """Grown in the middle of a turn and shrunk again: the same tokens as in one length."""
+    long = make("grouped", temperature=1.0)[2]
+    monkeypatch.setattr("gtpo_jax.model.engine.SHORTEST", 8)
+    engine = make("grouped", temperature=1.0)[2]
+    assert engine.capacities == [8, 16, 32, 64, 80] and long.capacities == [80]
+    seen = []
+
+    def both(method, *arguments):
+        ours, theirs = (getattr(e, method)(*arguments) for e in (engine, long))
+        seen.append(engine._caches[0][0].shape[2])
+        for (a, la), (b, lb) in zip(ours or (), theirs or (), strict=True):
+            assert a == b
+            np.testing.assert_allclose(la, lb, atol=1e-5)
+
+    both("prefill", [0, 1], [[3, 4, 5], [6]], keys(2))
+    both("decode", [0, 1], 4, [4, 4])
+    both("fork", [0], [2], [3], keys(3)[2:])
+    both("decode", [0, 1, 2], 8, [8, 8, 8])
+    both("append", [1], [list(range(1, 30))])
+    both("decode", [0, 1, 2], 8, [8, 8, 8])
+    both("release", 1)
+    both("decode", [0, 2], 4, [4, 4])
+    both("fork", [0], [1], [3], keys(4)[3:])
+    both("decode", [0, 1, 2], 4, [4, 4, 4])
+    assert seen == [8, 8, 8, 16, 64, 64, 64, 32, 32, 32]

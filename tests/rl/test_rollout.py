@@ -71,6 +71,7 @@ class ScriptedEngine:
     def __init__(self, scripts, tokenizer, slots=3, max_length=400):
         self.scripts, self.tokenizer = scripts, tokenizer
         self.slots, self.max_length, self.prefilled = slots, max_length, 0
+        self.slot_steps = 0
         self.tokens = [[] for _ in range(slots)]
         self.script = [None] * slots
         self.said = [0] * slots
@@ -230,14 +231,16 @@ def test_failing_code_is_a_valid_call_that_failed(sandbox):
     assert t.correct
 
 
+def settled(result):
+    future = Future()
+    future.set_result(result)
+    return future
+
+
 def test_infra_is_tool_failure_and_not_an_answer():
     class Broken:
         def submit(self, *_):
-            class Future:
-                def result(self):
-                    return Result("infra", "no worker", 0.0)
-
-            return Future()
+            return settled(Result("infra", "no worker", 0.0))
 
     t = play(Broken(), [block("print(1)"), "\\boxed{42}<end>"])
     assert (t.status, t.correct, len(t.turns)) == ("tool_failure", False, 1)
@@ -382,3 +385,65 @@ def test_a_cold_start_sees_the_tokens_that_rl_will_see(sandbox, name):
     assert [
         i if w else -1 for i, w in zip(segment.turn_ids, segment.weights, strict=True)
     ] == ids
+
+
+class SlowTools:
+    """Results that come only after the engine has decoded so many more chunks."""
+
+    def __init__(self, *delays):
+        self.delays, self.running, self.most = list(delays), [], 0
+
+    def submit(self, code, history, setup):
+        future = Future()
+        self.running.append([self.delays.pop(0), future, code])
+        self.most = max(self.most, len(self.running))
+        return future
+
+    def tick(self):
+        for entry in self.running:
+            entry[0] -= 1
+        for _, future, code in [e for e in self.running if e[0] <= 0]:
+            future.set_result(Result("ok", f"ran {code}\n", 0.0))
+        self.running = [e for e in self.running if e[0] > 0]
+
+
+def test_others_go_on_while_a_tool_runs(monkeypatch):
+    """Out of deterministic mode: member 0 waits for its tool while 1 finishes and 2 starts."""
+    tools = SlowTools(12, 1)
+    decode = ScriptedEngine.decode
+
+    def ticking(self, slots, steps, limits):
+        assert 0 < len(slots) <= 2
+        out = decode(self, slots, steps, limits)
+        tools.tick()
+        return out
+
+    monkeypatch.setattr(ScriptedEngine, "decode", ticking)
+    call, say = block("first()"), "\\boxed{42}<end>"
+    members = [[call, say], ["a" * 30 + say], [block("second()"), "b" * 20 + say]]
+    done = play(tools, *members, slots=2, deterministic=False)
+    assert [t.status for t in done] == ["finished"] * 3 and all(t.correct for t in done)
+    assert [t.turns[0].result.output for t in (done[0], done[2])] == [
+        "ran first()\n",
+        "ran second()\n",
+    ]
+    assert tools.most == 2  # both ran at once, in different turns of the loop
+
+
+@pytest.mark.parametrize("slots", [1, 2, 5])
+def test_both_modes_give_the_same_trajectories(sandbox, slots):
+    members = [
+        [
+            block(f"import time; time.sleep({delay})\nprint({i})"),
+            "x" * 9 * i + "\\boxed{42}<end>",
+        ]
+        for i, delay in enumerate((0.2, 0.0, 0.1, 0.0, 0.05))
+    ]
+    first, second = (
+        play(sandbox, *members, slots=slots, deterministic=mode) for mode in (True, False)
+    )
+    for a, b in zip(first, second, strict=True):
+        assert [t.tokens + t.feedback_tokens for t in a.turns] == [
+            t.tokens + t.feedback_tokens for t in b.turns
+        ]
+        assert (a.status, a.correct, a.member) == (b.status, b.correct, b.member)
