@@ -20,6 +20,7 @@ from gtpo_jax.model import tokenizer as tokenizers
 from gtpo_jax.model import transformer, weights
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
+from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.model.transformer import Params
 from gtpo_jax.rl.rollout import RolloutConfig, Sampler, prompt_tokens, rollout
@@ -161,12 +162,10 @@ def _fresh(config: ConfigDict, workdir: Path) -> Policy:
     return Policy(model, transformer.init(model, config.seed), tokenizer)
 
 
-def engine(
-    config: ConfigDict, made: Policy, temperature: float | None = None, top_p: float = 1.0
-) -> Engine:
+def engine(config: ConfigDict, made: Policy, how: Sampling | None = None) -> Engine:
     """Slots for the rollout; the context is a longest prompt and a whole token budget.
 
-    `temperature`, `top_p`: how evaluation may draw otherwise than the policy that is trained.
+    `how`: for evaluation, which may draw otherwise than the policy that is trained.
     """
     r = config.rollout
     return Engine(
@@ -174,8 +173,7 @@ def engine(
         slots=min(r.slots, r.problems * r.samples),
         max_length=r.max_prompt_tokens + r.max_tokens,
         stop_ids=stop_ids(made.tokenizer, form(config)),
-        temperature=r.temperature if temperature is None else temperature,
-        top_p=top_p,
+        how=how or Sampling(r.temperature),
         rows=r.prefill_rows,
     )
 
@@ -204,6 +202,7 @@ def rollout_config(config: ConfigDict) -> RolloutConfig:
         system=form(config).system if r.system_prompt else "",
         chunk=r.chunk,
         stateful=r.stateful,
+        stops=tuple(r.stops),
         deterministic=jax.default_backend() == "cpu" if d is None else d,
     )
 

@@ -69,6 +69,7 @@ def default() -> ConfigDict:
                 "temperature": 1.0,
                 "stateful": False,
                 "deterministic": placeholder(bool),  # None: on a CPU
+                "stops": (),  # texts that end a turn, besides end tokens and calls
                 "chunk": 16,
                 "slots": 128,
                 "prefill_rows": 16,

@@ -40,6 +40,7 @@ from gtpo_jax import build
 from gtpo_jax.checkpoint import newest_step
 from gtpo_jax.config import parse_command, validate
 from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.rl import record
 from gtpo_jax.rl.rollout import RolloutStats, Sampler
 from gtpo_jax.rl.types import Trajectory
@@ -62,6 +63,8 @@ FLAGS: dict[str, tuple[Any, str]] = {  # name -> (default, help)
     "greedy": (True, "answer each problem once without drawing"),
     "temperature": (1.0, "of the drawn answers"),
     "top_p": (1.0, "nucleus of the drawn answers"),
+    "top_k": (0, "the drawn answers' likeliest k tokens only; 0: all"),
+    "min_p": (0.0, "of the drawn answers: tokens so likely against the likeliest"),
     "no_tools": (False, "take the tool away"),
 }
 
@@ -229,9 +232,10 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
 def run(config: ConfigDict, policy: build.Policy, judges: Judges, out: Path, options: dict):
     """Evaluate on every benchmark -> {benchmark: {"greedy" | "sampled": summary}}."""
     names = [n for n in options["benchmarks"].split(",") if n] or [config.task.name]
-    modes = {"greedy": (0.0, 1.0, 1)} if options["greedy"] else {}
+    modes = {"greedy": (Sampling(0.0), 1)} if options["greedy"] else {}
     if options["samples"] > 0:
-        modes["sampled"] = (options["temperature"], options["top_p"], options["samples"])
+        how = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+        modes["sampled"] = (Sampling(**how), options["samples"])
     if not modes:
         raise InputError("--samples=0 and --nogreedy leave nothing to evaluate")
     chosen = {name: for_benchmark(config, name, options) for name in names}
@@ -239,8 +243,8 @@ def run(config: ConfigDict, policy: build.Policy, judges: Judges, out: Path, opt
     for name, c in chosen.items():
         build.check_prompts(c, policy, problems[name])
     results: dict[str, dict[str, Any]] = {name: {} for name in names}
-    for mode, (temperature, top_p, samples) in modes.items():
-        engine = build.engine(config, policy, temperature, top_p)
+    for mode, (how, samples) in modes.items():
+        engine = build.engine(config, policy, how)
         engine.refresh(policy.params)
         for name, c in chosen.items():
             sample = build.sampler(c, policy, engine, judges, get_task(name))
@@ -338,8 +342,7 @@ def check_options(options: dict[str, Any]) -> None:
             f"--temperature={options['temperature']} must be > 0; greedy answers are given "
             "besides, and alone with --samples=0"
         )
-    if not 0 < options["top_p"] <= 1:
-        raise InputError(f"--top_p={options['top_p']} must be above 0 and at most 1")
+    Sampling(top_k=options["top_k"], top_p=options["top_p"], min_p=options["min_p"])
 
 
 if __name__ == "__main__":

@@ -150,8 +150,8 @@ def test_a_folder_holds_one_evaluation(tmp_path):
         ("samples", -1, "--samples=-1 must not be negative"),
         ("count", -3, "--count=-3 must not be negative"),
         ("temperature", 0.0, "--temperature=0.0 must be > 0"),
-        ("top_p", 0.0, "--top_p=0.0 must be above 0"),
-        ("top_p", 1.5, "--top_p=1.5 must be above 0"),
+        ("top_p", 0.0, "top_p=0.0 must be above 0"),
+        ("top_p", 1.5, "top_p=1.5 must be above 0"),
     ],
 )
 def test_wrong_options(option, value, says):

@@ -26,6 +26,7 @@ from gtpo_jax.errors import InputError
 from gtpo_jax.model import sampling
 from gtpo_jax.model.attention import Cache
 from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.transformer import Block, Params, head, norm
 
 SHORTEST = 256  # tokens of cache that a slot has at the least
@@ -40,8 +41,7 @@ class Engine:
         slots: int,
         max_length: int,
         stop_ids: Sequence[int],
-        temperature: float = 1.0,
-        top_p: float = 1.0,
+        how: Sampling | None = None,
         rows: int = 16,
         buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048, 4096),
     ) -> None:
@@ -71,7 +71,7 @@ class Engine:
         ]
         stops = tuple(int(i) for i in stop_ids)
         self._decode = jax.jit(
-            functools.partial(_decode, config, stops, temperature, top_p),
+            functools.partial(_decode, config, stops, how or Sampling()),
             static_argnames="steps",
             donate_argnums=1,
         )
@@ -255,8 +255,7 @@ def _resize(caches, capacity):
 def _decode(
     config,
     stops,
-    temperature,
-    top_p,
+    how,
     params,
     caches,
     lengths,
@@ -285,7 +284,7 @@ def _decode(
         )
         logits = head(config, params, hidden[:, 0])
         draw_keys = sampling.fold(turn_keys, state["lengths"])
-        new, logprob = sampling.sample(logits, draw_keys, temperature, top_p)
+        new, logprob = sampling.sample(logits, draw_keys, how)
         alive, i = state["alive"], state["step"]
         counts = state["counts"] + alive
         ended = functools.reduce(jnp.logical_or, [new == s for s in stops], ~alive)

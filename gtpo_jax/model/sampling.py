@@ -6,8 +6,40 @@ T, so one array of logprobs serves both. Every draw has a key of its own, folded
 decode loop: what is drawn depends neither on the slot nor on who else is decoding.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from gtpo_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn. All but `temperature` cut the policy's distribution down, so they
+    are for evaluation and chat, never for training.
+
+    temperature: 0 is greedy. top_k: the likeliest k; 0: all. top_p: the nucleus (Holtzman et
+    al., arXiv 1904.09751). min_p: those at least so likely against the likeliest (Nguyen et
+    al., arXiv 2407.01082). banned: ids that are never drawn. What all of them leave is drawn
+    from in its proportions. Raises InputError for values that make no sense.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    banned: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, good, right in (
+            ("temperature", self.temperature >= 0, "at least 0"),
+            ("top_k", self.top_k >= 0, "at least 0"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "between 0 and 1"),
+        ):
+            if not good:
+                raise InputError(f"{name}={getattr(self, name)} must be {right}")
 
 
 @jax.jit
@@ -28,34 +60,41 @@ def fold(keys: jax.Array, numbers: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.fold_in)(keys, numbers)
 
 
-def sample(
-    logits: jax.Array, keys: jax.Array, temperature: float, top_p: float = 1.0
-) -> tuple[jax.Array, jax.Array]:
+def sample(logits: jax.Array, keys: jax.Array, how: Sampling) -> tuple[jax.Array, jax.Array]:
     """logits [B,V], one key a row -> tokens [B] int32 and their logprobs [B] float32.
 
-    temperature 0 is greedy; its logprobs are those at temperature 1. `top_p` < 1 draws from
-    the nucleus only (for evaluation: the policy that is trained has none); logprobs stay
-    those of the whole tempered distribution.
+    Logprobs are those of the whole tempered distribution, whatever was cut off; of a greedy
+    token, those at temperature 1.
     """
-    scaled = logits / temperature if temperature > 0 else logits
+    scaled = logits / how.temperature if how.temperature > 0 else logits
     logprobs = jax.nn.log_softmax(scaled)
-    if temperature > 0:
+    kept = keep(logprobs, how)
+    if how.temperature > 0:
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        kept = nucleus(logprobs, top_p) if top_p < 1 else scaled
-        tokens = jnp.argmax(kept + noise, axis=-1)
-    else:
-        tokens = jnp.argmax(scaled, axis=-1)
+        kept = kept + noise
+    tokens = jnp.argmax(kept, axis=-1)
     return tokens.astype(jnp.int32), jnp.take_along_axis(logprobs, tokens[:, None], 1)[:, 0]
 
 
-def nucleus(logprobs: jax.Array, top_p: float) -> jax.Array:
-    """-inf outside the smallest set of likeliest tokens that weighs at least `top_p`.
+def keep(logprobs: jax.Array, how: Sampling) -> jax.Array:
+    """-inf where `how` leaves nothing. logprobs [B,V] -> [B,V]; as likely, as kept.
 
-    logprobs [B,V] -> [B,V]. Holtzman et al., arXiv 1904.09751. Tokens as likely as the
-    last one that is needed all stay.
+    The likeliest token that is not banned always stays.
     """
-    descending = -jnp.sort(-logprobs, axis=-1)
-    before = jnp.cumsum(jnp.exp(descending), axis=-1) - jnp.exp(descending)
-    needed = jnp.sum(before < top_p, axis=-1, keepdims=True)  # the first always is
-    least = jnp.take_along_axis(descending, jnp.maximum(needed, 1) - 1, axis=-1)
+    if how.banned:
+        logprobs = logprobs.at[:, jnp.array(how.banned)].set(-jnp.inf)
+        logprobs = logprobs - jax.nn.logsumexp(logprobs, axis=-1, keepdims=True)
+    if how.temperature == 0:
+        return logprobs
+    least = jnp.full((len(logprobs), 1), -jnp.inf)
+    if how.min_p > 0:
+        least = jnp.maximum(least, logprobs.max(axis=-1, keepdims=True) + jnp.log(how.min_p))
+    if 0 < how.top_k < logprobs.shape[1]:
+        least = jnp.maximum(least, jax.lax.top_k(logprobs, how.top_k)[0][:, -1:])
+    if how.top_p < 1:
+        descending = -jnp.sort(-logprobs, axis=-1)
+        before = jnp.cumsum(jnp.exp(descending), axis=-1) - jnp.exp(descending)
+        needed = jnp.sum(before < how.top_p, axis=-1, keepdims=True)  # the first always is
+        last = jnp.take_along_axis(descending, jnp.maximum(needed, 1) - 1, axis=-1)
+        least = jnp.maximum(least, last)
     return jnp.where(logprobs >= least, logprobs, -jnp.inf)

@@ -46,7 +46,8 @@ class RolloutConfig:
     `system` is put before the problem's messages where it is not empty. `chunk` is how many
     tokens are decoded between two looks at the text: it changes how much is sampled in vain
     past the end of a call, never what is kept. `stateful` replays a trajectory's earlier code
-    before each new block. `deterministic`: see above.
+    before each new block. `deterministic`: see above. Each of `stops` ends a turn where it
+    appears, as the end of a call does.
     """
 
     max_turns: int
@@ -56,6 +57,7 @@ class RolloutConfig:
     chunk: int = 32
     stateful: bool = False
     deterministic: bool = True
+    stops: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass
@@ -298,11 +300,15 @@ def _end_turn(engine, slot, item: _Live, tokenizer, form, task, judges, limits) 
     """Whether the open turn is over. If so, cut it at its end and say what it was."""
     trajectory = item.trajectory
     turn = trajectory.turns[-1]
-    complete = form.end_of_call(tokenizer.decode(turn.tokens)) is not None
-    if complete:
+
+    def complete(tokens: list[int]) -> bool:
+        written = tokenizer.decode(tokens)
+        return form.end_of_call(written) is not None or any(s in written for s in limits.stops)
+
+    if complete(turn.tokens):
         # The closing mark may span tokens: keep the shortest prefix that completes the call.
         keep = item.text_checked + 1
-        while form.end_of_call(tokenizer.decode(turn.tokens[:keep])) is None:
+        while not complete(turn.tokens[:keep]):
             keep += 1
         del turn.tokens[keep:], turn.logprobs[keep:]
         engine.rewind(slot, trajectory.length())

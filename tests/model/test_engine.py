@@ -22,7 +22,8 @@ CONFIGS = {
 def make(name, slots=5, temperature=0.0, stop_ids=(), **options):
     config = CONFIGS[name]
     params = jax.tree.map(lambda x: x * 1.5, transformer.init(config, 3))
-    engine = Engine(config, slots, 80, stop_ids, temperature, buckets=(8, 16), **options)
+    how = sampling.Sampling(temperature)
+    engine = Engine(config, slots, 80, stop_ids, how, buckets=(8, 16), **options)
     engine.refresh(params)
     return config, params, engine
 
@@ -86,7 +87,7 @@ def test_sampling_follows_the_distribution():
     logits = jnp.log(jnp.array([0.1, 0.2, 0.7]))
     count = 20000
     draw = jax.random.split(jax.random.key(0), count)
-    tokens, logprobs = sampling.sample(jnp.tile(logits, (count, 1)), draw, 1.0)
+    tokens, logprobs = sampling.sample(jnp.tile(logits, (count, 1)), draw, sampling.Sampling())
     shares = np.bincount(np.asarray(tokens), minlength=3) / count
     # Standard error of a share is at most 0.0036.
     np.testing.assert_allclose(shares, [0.1, 0.2, 0.7], atol=0.015)

@@ -1,45 +1,63 @@
-"""The nucleus, against a plain loop in float64, and how often tokens are drawn."""
+"""What is kept, against plain loops in float64, and how often tokens are drawn."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gtpo_jax.model.sampling import nucleus, sample
+from gtpo_jax.errors import InputError
+from gtpo_jax.model.sampling import Sampling, keep, sample
+
+LOGITS = np.random.default_rng(0).normal(0, 2, (5, 50))
+LOGPROBS = LOGITS - np.log(np.exp(LOGITS).sum(axis=1, keepdims=True))
 
 
-def keep_by_hand(probabilities, top_p):
-    """Indices of the smallest set of likeliest tokens that weighs at least top_p."""
-    kept, weight = set(), 0.0
-    for i in np.argsort(-probabilities, kind="stable"):
-        if weight >= top_p:
+def kept_by_hand(logprobs, how):
+    """Indices that all of the four leave, one rule after the other, as their papers say."""
+    probabilities = np.exp(logprobs)
+    probabilities[list(how.banned)] = 0.0
+    probabilities = probabilities / probabilities.sum()
+    order = [i for i in np.argsort(-probabilities, kind="stable") if probabilities[i] > 0]
+    nucleus, weight = set(), 0.0
+    for i in order:
+        if weight >= how.top_p:
             break
-        kept.add(int(i))
+        nucleus.add(int(i))
         weight += probabilities[i]
-    return kept
+    likeliest = {int(i) for i in order[: how.top_k or None]}
+    likely = {int(i) for i in order if probabilities[i] >= how.min_p * probabilities.max()}
+    return nucleus & likeliest & likely
 
 
-@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.6, 0.95, 0.999])
 @pytest.mark.parametrize("jit", [False, True])
-def test_nucleus_keeps_the_smallest_set(top_p, jit):
-    logits = np.random.default_rng(0).normal(0, 2, (5, 50))
-    logprobs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
-    function = jax.jit(nucleus, static_argnums=1) if jit else nucleus
-    kept = np.asarray(function(jnp.asarray(logprobs, jnp.float32), top_p))
-    for row, masked in zip(logprobs, kept, strict=True):
-        assert set(np.flatnonzero(np.isfinite(masked))) == keep_by_hand(np.exp(row), top_p)
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(Sampling(top_p=p) for p in (1e-6, 0.3, 0.6, 0.95, 0.999)),
+        *(Sampling(top_k=k) for k in (1, 3, 50, 99)),
+        *(Sampling(min_p=p) for p in (0.01, 0.2, 1.0)),
+        Sampling(banned=(3, 7)),
+        Sampling(top_k=5, top_p=0.7, min_p=0.1, banned=tuple(LOGITS.argmax(axis=1).tolist())),
+    ],
+    ids=repr,
+)
+def test_what_is_kept(how, jit):
+    function = jax.jit(keep, static_argnums=1) if jit else keep
+    kept = np.asarray(function(jnp.asarray(LOGPROBS, jnp.float32), how))
+    for row, masked in zip(LOGPROBS, kept, strict=True):
+        assert set(np.flatnonzero(np.isfinite(masked))) == kept_by_hand(row, how)
 
 
-def test_nucleus_by_hand():
+def test_the_nucleus_by_hand():
     logprobs = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.05, 0.15, 0.3, 0.5]]))
-    kept = np.isfinite(np.asarray(nucleus(logprobs, 0.7)))
+    kept = np.isfinite(np.asarray(keep(logprobs, Sampling(top_p=0.7))))
     assert kept.tolist() == [[True, True, False, False], [False, False, True, True]]
 
 
 def test_draws_stay_in_the_nucleus_and_keep_their_proportions():
     logits = jnp.tile(jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05]])), (4000, 1))
     keys = jax.random.split(jax.random.key(0), 4000)
-    tokens, logprobs = sample(logits, keys, 1.0, 0.7)
+    tokens, logprobs = sample(logits, keys, Sampling(top_p=0.7))
     counts = np.bincount(np.asarray(tokens), minlength=4)
     assert counts[2] == counts[3] == 0
     assert counts[0] / 4000 == pytest.approx(0.5 / 0.8, abs=0.03)
@@ -49,8 +67,19 @@ def test_draws_stay_in_the_nucleus_and_keep_their_proportions():
     )
 
 
-def test_greedy_ignores_the_nucleus():
+def test_greedy_takes_the_likeliest_that_is_not_banned():
     logits = jnp.array([[0.0, 1.0, 0.5]])
     keys = jax.random.split(jax.random.key(1), 1)
-    tokens, _ = sample(logits, keys, 0.0, 0.1)
-    assert tokens.tolist() == [1]
+    assert sample(logits, keys, Sampling(0.0, top_p=0.1, top_k=1))[0].tolist() == [1]
+    tokens, logprobs = sample(logits, keys, Sampling(0.0, banned=(1,)))
+    assert tokens.tolist() == [2]
+    assert float(logprobs[0]) == pytest.approx(0.5 - np.log(1 + np.e + np.exp(0.5)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -0.1), ("top_k", -1), ("top_p", 0.0), ("top_p", 1.1), ("min_p", -0.1)],
+)
+def test_values_that_make_no_sense_are_named(name, value):
+    with pytest.raises(InputError, match=f"{name}={value} must be"):
+        Sampling(**{name: value})

@@ -387,6 +387,19 @@ def test_a_cold_start_sees_the_tokens_that_rl_will_see(sandbox, name):
     ] == ids
 
 
+@pytest.mark.parametrize("tokenizer", [Characters(), Pairs()])
+def test_a_stop_text_ends_the_turn_at_its_token(sandbox, tokenizer):
+    t = play(
+        sandbox,
+        ["It is \\boxed{42}. Question: next"],
+        stops=("Question:",),
+        tokenizer=tokenizer,
+    )
+    text = tokenizer.decode(t.turns[0].tokens)
+    assert (t.status, t.correct, len(t.turns)) == ("finished", True, 1)
+    assert "Question:" in text and "Question:" not in tokenizer.decode(t.turns[0].tokens[:-1])
+
+
 class SlowTools:
     """Results that come only after the engine has decoded so many more chunks."""
 
