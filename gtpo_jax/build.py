@@ -45,12 +45,7 @@ class Policy(NamedTuple):
 def judges(config: ConfigDict) -> Iterator[Judges]:
     """The sandbox and the checkers of answers. Enter before JAX starts its threads."""
     s, v = config.sandbox, config.verify
-    limits = Limits(
-        wall_seconds=s.wall_seconds,
-        cpu_seconds=s.cpu_seconds,
-        memory_mib=s.memory_mib,
-        output_bytes=s.output_bytes,
-    )
+    limits = Limits(**{field.name: s[field.name] for field in dataclasses.fields(Limits)})
     with (
         Sandbox(s.workers or None, s.isolation, s.preload, limits, s.echo_last) as programs,
         Verifier(v.workers or None, v.cpu_seconds, v.memory_mib) as answers,

@@ -81,6 +81,10 @@ def default() -> ConfigDict:
                 "wall_seconds": 10.0,
                 "cpu_seconds": 5.0,
                 "memory_mib": 1024,
+                "processes": 16,
+                "open_files": 64,
+                "file_mib": 16,  # each file
+                "scratch_mib": 64,  # all files together (bwrap)
                 "output_bytes": 4096,
                 # imported before the first run; a run may import others itself, more slowly
                 "preload": ("math", "fractions", "itertools", "collections", "numpy", "sympy"),

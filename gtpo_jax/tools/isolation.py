@@ -113,6 +113,8 @@ def bwrap_command(bwrap: str, scratch_mib: int, ids: tuple[int, ...] = ()) -> li
         command += ["--ro-bind", path, path]
     for module in (worker, child):
         command += ["--ro-bind", module.__file__, f"/{Path(module.__file__).name}"]
+    if not ids and "--disable-userns" in _options(bwrap):  # it does not go with an id map
+        command.append("--disable-userns")
     if "--size" in _options(bwrap):
         command += ["--size", str(scratch_mib << 20)]
     command += BWRAP_FOLDERS.split()

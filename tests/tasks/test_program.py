@@ -28,7 +28,7 @@ ROW = {
 
 @pytest.fixture(scope="module", params=["bwrap", "process"])
 def sandbox(request):
-    limits = Limits(wall_seconds=1.5, cpu_seconds=1.0, memory_mib=256)
+    limits = Limits(wall_seconds=3.0, cpu_seconds=1.0, memory_mib=256)
     try:
         with Sandbox(isolation=request.param, limits=limits, preload=()) as made:
             yield made
