@@ -11,7 +11,7 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.18"],
     "parity": ["torch>=2.4", "accelerate>=1.0"],
-    "dev": ["pytest>=8.0", "hypothesis>=6.100", "ruff>=0.6"],
+    "dev": ["pytest>=9.0", "hypothesis>=6.100", "ruff>=0.6"],
 }
 
 setup(

@@ -4,7 +4,8 @@ The scripted engine says what a script says, character by character, with the in
 the bookkeeping of the real one; so every row of the table can be brought about at will.
 """
 
-from concurrent.futures import Future
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
@@ -400,47 +401,31 @@ def test_a_stop_text_ends_the_turn_at_its_token(sandbox, tokenizer):
     assert "Question:" in text and "Question:" not in tokenizer.decode(t.turns[0].tokens[:-1])
 
 
-class SlowTools:
-    """Results that come only after the engine has decoded so many more chunks."""
+class Rendezvous:
+    """A tool whose runs end only once two of them are under way; ten seconds, else an error."""
 
-    def __init__(self, *delays):
-        self.delays, self.running, self.most = list(delays), [], 0
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=10)
+        self.pool = ThreadPoolExecutor(2)
 
     def submit(self, code, history, setup):
-        future = Future()
-        self.running.append([self.delays.pop(0), future, code])
-        self.most = max(self.most, len(self.running))
-        return future
+        def run():
+            self.barrier.wait()
+            return Result("ok", f"ran {code}\n", 0.0)
 
-    def tick(self):
-        for entry in self.running:
-            entry[0] -= 1
-        for _, future, code in [e for e in self.running if e[0] <= 0]:
-            future.set_result(Result("ok", f"ran {code}\n", 0.0))
-        self.running = [e for e in self.running if e[0] > 0]
+        return self.pool.submit(run)
 
 
-def test_others_go_on_while_a_tool_runs(monkeypatch):
+def test_others_go_on_while_a_tool_runs():
     """Out of deterministic mode: member 0 waits for its tool while 1 finishes and 2 starts."""
-    tools = SlowTools(12, 1)
-    decode = ScriptedEngine.decode
-
-    def ticking(self, slots, steps, limits):
-        assert 0 < len(slots) <= 2
-        out = decode(self, slots, steps, limits)
-        tools.tick()
-        return out
-
-    monkeypatch.setattr(ScriptedEngine, "decode", ticking)
     call, say = block("first()"), "\\boxed{42}<end>"
     members = [[call, say], ["a" * 30 + say], [block("second()"), "b" * 20 + say]]
-    done = play(tools, *members, slots=2, deterministic=False)
+    done = play(Rendezvous(), *members, slots=2, deterministic=False)
     assert [t.status for t in done] == ["finished"] * 3 and all(t.correct for t in done)
     assert [t.turns[0].result.output for t in (done[0], done[2])] == [
         "ran first()\n",
         "ran second()\n",
     ]
-    assert tools.most == 2  # both ran at once, in different turns of the loop
 
 
 @pytest.mark.parametrize("slots", [1, 2, 5])
