@@ -36,6 +36,7 @@ setup(
         "sentencepiece>=0.2",
         "safetensors>=0.4.5",
         "math-verify>=0.7",
+        "psutil>=5.9",
         "rich>=13.0",
         "matplotlib>=3.8",
     ],

@@ -58,7 +58,7 @@ def least_bytes(config: ModelConfig, params, slots: int, length: float) -> float
 
 def ours(config, params, slots: int, context: int, prompts: np.ndarray, new: int) -> Callable:
     """A function that generates, and gives seconds of prefill and of decoding."""
-    engine = Engine(config, slots, context, stop_ids=(), rows=min(slots, 16))
+    engine = Engine(config, slots, context, stop_ids=())
     engine.refresh(params)
     keys = np.asarray(
         sampling.trajectory_keys(

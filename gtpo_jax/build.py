@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import psutil
 from ml_collections import ConfigDict
 
 from gtpo_jax import checkpoint
@@ -160,17 +162,49 @@ def _fresh(config: ConfigDict, workdir: Path) -> Policy:
 def engine(config: ConfigDict, made: Policy, how: Sampling | None = None) -> Engine:
     """Slots for the rollout; the context is a longest prompt and a whole token budget.
 
-    `how`: for evaluation, which may draw otherwise than the policy that is trained.
+    `how`: for evaluation, which may draw otherwise than the policy that is trained. Raises
+    InputError where the slots do not fit into the memory that is free.
     """
     r = config.rollout
+    length = r.max_prompt_tokens + r.max_tokens
+    wanted = min(r.slots or r.problems * r.samples, r.problems * r.samples)
+    fit = slots_that_fit(made.config, length, r.cache_dtype, free_bytes())
+    if fit < (wanted if r.slots else 1):
+        raise InputError(
+            f"rollout.slots={wanted} of {length} tokens do not fit into the free "
+            f"{free_bytes() / 2**30:.1f} GiB, {fit} do: lower rollout.slots, "
+            "rollout.max_tokens or rollout.max_prompt_tokens, or set "
+            "rollout.cache_dtype=bfloat16"
+        )
     return Engine(
         made.config,
-        slots=min(r.slots, r.problems * r.samples),
-        max_length=r.max_prompt_tokens + r.max_tokens,
-        stop_ids=stop_ids(made.tokenizer, form(config)),
+        slots=min(wanted, fit),
+        max_length=length,
+        stop_ids=stop_ids(made.tokenizer, (form(config).closing, *r.stops)),
         how=how or Sampling(r.temperature),
-        rows=r.prefill_rows,
+        width=r.width,
+        cache_dtype=r.cache_dtype,
     )
+
+
+def slots_that_fit(model: ModelConfig, length: int, dtype: str, free: int) -> int:
+    """How many slots of `length` tokens `free` bytes hold, with half as much again to work."""
+    token = (
+        2
+        * model.layers
+        * model.kv_heads
+        * model.head_dim
+        * jnp.dtype(dtype or model.dtype).itemsize
+    )
+    return int(free / (1.5 * token * length))
+
+
+def free_bytes() -> int:
+    """What the first device can still hold: on a CPU, what the machine has available."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return psutil.virtual_memory().available
 
 
 def check_prompts(config: ConfigDict, made: Policy, chosen: Sequence[Problem]) -> None:
@@ -181,10 +215,18 @@ def check_prompts(config: ConfigDict, made: Policy, chosen: Sequence[Problem]) -
         prompt_tokens(problem, prompt, made.tokenizer, system, longest)
 
 
-def stop_ids(tokenizer: Tokenizer, chosen: Format) -> tuple[int, ...]:
-    """Where the engine hands back to the host: the end ids and, if one token, a call's mark."""
-    mark = tokenizer.encode(chosen.closing)
-    return (*tokenizer.end_ids, *(mark if len(mark) == 1 else ()))
+def stop_ids(tokenizer: Tokenizer, marks: Sequence[str]) -> tuple[int, ...]:
+    """Where the engine hands back to the host: the end ids, and every token that may complete
+    one of the marks, alone or after others."""
+    marks = [mark for mark in marks if mark]
+    ends = {mark[-n:] for mark in marks for n in range(1, len(mark) + 1)}
+
+    def completes(text: str) -> bool:
+        starts = (text[:n] for n in range(1, len(text) + 1))
+        return any(start in ends for start in starts) or any(mark in text for mark in marks)
+
+    others = (i for i in range(tokenizer.vocab_size) if completes(tokenizer.decode([i])))
+    return tuple(sorted({*tokenizer.end_ids, *others}))
 
 
 def rollout_config(config: ConfigDict) -> RolloutConfig:

@@ -7,8 +7,13 @@
 3. A run folder that has a checkpoint is resumed from the newest; metrics and trajectories
    written after it are dropped and made again (`metrics.drop_from_step`).
 4. A run is resumed with the seed it began with; anything else is refused.
+5. Ctrl-C takes effect after the save that it falls into.
 """
 
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +37,13 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, cursor: dict[str, Any]) -> None:
         """Save after `step` steps. Copies to the host, then writes in the background."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), cursor=ocp.args.JsonSave(cursor)
-            ),
-        )
+        with _uninterrupted():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state), cursor=ocp.args.JsonSave(cursor)
+                ),
+            )
 
     def latest(self) -> int | None:
         """The newest step, or None in a fresh run folder."""
@@ -64,8 +70,25 @@ class Checkpoints:
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        with _uninterrupted():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+
+@contextlib.contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """SIGINT waits until the block is left. Off the main thread there is nothing to hold."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    seen = []
+    before = signal.signal(signal.SIGINT, lambda *_: seen.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if seen:
+        raise KeyboardInterrupt
 
 
 def newest_step(run: Path) -> int:

@@ -71,8 +71,9 @@ def default() -> ConfigDict:
                 "deterministic": placeholder(bool),  # None: on a CPU
                 "stops": (),  # texts that end a turn, besides end tokens and calls
                 "chunk": 16,
-                "slots": 128,
-                "prefill_rows": 16,
+                "slots": 128,  # trajectories held at a time; 0: as many as memory holds
+                "width": 0,  # of which so many decode while others wait; 0: all
+                "cache_dtype": "",  # empty: the model's
                 "resample_rounds": 0,  # DAPO: draw again for groups without reward spread
             },
             "sandbox": {
@@ -247,7 +248,8 @@ def validate(config: ConfigDict) -> None:
         ("rollout.max_turns", rollout.max_turns),
         ("rollout.max_tokens", rollout.max_tokens),
         ("rollout.chunk", rollout.chunk),
-        ("rollout.slots", rollout.slots),
+        ("rollout.slots", rollout.slots + 1),
+        ("rollout.width", rollout.width + 1),
         ("learn.minibatches", learn.minibatches),
         ("learn.epochs", learn.epochs),
         ("learn.micro_rows", learn.micro_rows),

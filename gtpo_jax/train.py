@@ -71,6 +71,7 @@ def run(
         policy = build.policy(config, workdir)
         build.check_prompts(config, policy, problems + held_out)
         engine = build.engine(config, policy)
+        print(engine.warm_up(config.rollout.chunk))
         sample = build.sampler(config, policy, engine, judges, get_task(config.task.name))
         optimizer = make_optimizer(
             steps=config.steps * config.learn.epochs * config.learn.minibatches,

@@ -9,31 +9,46 @@ so a prompt or a feedback is written by a forward pass without logits, and `deco
 feeding the last token, whoever wrote it. Nothing is ever computed twice: not on `append`, and
 `rewind` only forgets. Entries beyond a slot's length are stale, masked and overwritten later.
 
-Shapes come from a short list: prefill and append work on `rows` slots at a time with lengths
-from `buckets`, decode always on all slots, and the cache is as long as the longest slot in use
-needs (`capacities`), since every step reads all of it. So after warm-up nothing compiles, and a
-trajectory's numbers depend on who shares the batch with it in the last bits at most.
+At most `width` slots decode at a time: they have a row in the batch. The others are parked, in
+rows of a second cache, and change places with slots that wait for their tools: so the batch
+stays full while tools run, and nothing is copied but the rows that change.
+
+Shapes come from short lists (`programs` names them all), and each is compiled once, by
+`warm_up` before the first step or else when it is first needed. The caches start short and
+double while trajectories grow, since every step reads all of them; few slots decode in a
+narrower batch. So a trajectory's numbers depend on who shares the batch with it in the last
+bits at most.
 """
 
 import functools
-from collections.abc import Sequence
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.model import sampling
-from gtpo_jax.model.attention import Cache
+from gtpo_jax.model import decode, transformer
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.sampling import Sampling
-from gtpo_jax.model.transformer import Block, Params, head, norm
+from gtpo_jax.model.transformer import Params
 
 SHORTEST = 256  # tokens of cache that a slot has at the least
+WRITTEN_TOGETHER = 2048  # tokens of one forward pass without logits, at most
+SWAPPED_TOGETHER = 4  # rows
+EARLY = 8  # decode returns when one slot in EARLY has stopped
 
 
 class Engine:
-    """`slots` trajectories decoded side by side, each up to `max_length` tokens."""
+    """`slots` trajectories, each up to `max_length` tokens, `width` of them decoded at a time.
+
+    stop_ids: where a slot stops and the host looks at what it says. width 0: all slots.
+    rows, lengths: the shapes in which prompts and feedback are written, rising. cache_dtype:
+    empty for the model's.
+    """
 
     def __init__(
         self,
@@ -42,47 +57,51 @@ class Engine:
         max_length: int,
         stop_ids: Sequence[int],
         how: Sampling | None = None,
-        rows: int = 16,
-        buckets: Sequence[int] = (32, 64, 128, 256, 512, 1024, 2048, 4096),
+        width: int = 0,
+        rows: Sequence[int] = (1, 4, 16),
+        lengths: Sequence[int] = (32, 128, 512),
+        cache_dtype: str = "",
     ) -> None:
         if max_length > config.max_length:
             raise InputError(
                 f"engine.max_length={max_length} exceeds the model's context of "
                 f"{config.max_length} tokens"
             )
+        if width == 1 < slots:
+            raise InputError("engine.width=1: at least 2, a slot and the one it is forked from")
         self.config = config
         self.slots = slots
         self.max_length = max_length
-        self.rows = min(rows, slots)
-        self.buckets = sorted({min(b, max_length) for b in buckets} | {max_length})
+        self.width = min(width or slots, slots)
+        self.widths = sorted({-(-self.width // 2**i) for i in range(4)})
+        self.rows = sorted({min(n, self.width) for n in rows})
+        self.lengths = sorted({min(n, max_length) for n in lengths})
         doubled = (SHORTEST << i for i in range(max_length.bit_length()))
         self.capacities = [c for c in doubled if c < max_length] + [max_length]
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
         self.prefilled = 0  # tokens that went through a forward pass in prefill and append
-        self.slot_steps = 0  # decoding steps times slots, idle ones too
+        self.slot_steps = 0  # decoding steps times the rows that took part, idle ones too
+        self._stops = tuple(int(i) for i in stop_ids)
+        self._how = how or Sampling()
+        self._dtype = cache_dtype or config.dtype
         self._keys = np.zeros((slots, 2), np.uint32)
         self._turns = np.zeros(slots, np.int32)
         self._prompts = np.zeros(slots, np.int32)  # lengths
+        self._row = list(range(slots))  # of each slot; from `width` on: parked
         self._params: Params | None = None
-        shape = (slots, config.kv_heads, self.capacities[0], config.head_dim)
-        self._caches = [
-            (jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype))
-            for _ in range(config.layers)
-        ]
-        stops = tuple(int(i) for i in stop_ids)
-        self._decode = jax.jit(
-            functools.partial(_decode, config, stops, how or Sampling()),
-            static_argnames="steps",
-            donate_argnums=1,
-        )
-        self._extend = jax.jit(functools.partial(_extend, config), donate_argnums=1)
-        self._fork = jax.jit(_fork, donate_argnums=0)
-        self._resize = jax.jit(_resize, static_argnums=1)
-        self._refresh = jax.jit(functools.partial(_per_layer, config))
+        self._batch: decode.Caches | None = None
+        self._parked: decode.Caches | None = None
+        self._refresh = jax.jit(functools.partial(decode.per_layer, config))
 
     def refresh(self, params: Params) -> None:
         """Take the policy's new weights. Slots in flight keep their caches; start afresh."""
         self._params = self._refresh(params)
+
+    def reset(self) -> None:
+        """Forget all slots and give the memory of their caches back."""
+        self._batch = self._parked = None
+        self._row = list(range(self.slots))
+        self.tokens = [[] for _ in range(self.slots)]
 
     def prefill(
         self, slots: Sequence[int], prompts: Sequence[Sequence[int]], keys: np.ndarray
@@ -95,7 +114,7 @@ class Engine:
                     f"{self.max_length - 1} fit into engine.max_length={self.max_length}"
                 )
             self._start(slot, list(prompt), key)
-        self._run_extend(slots, [0] * len(slots))
+        self._extend(slots, [0] * len(slots))
 
     def fork(
         self,
@@ -108,12 +127,22 @@ class Engine:
         prompts = [self.tokens[s][:n] for s, n in zip(sources, lengths, strict=True)]
         for target, prompt, key in zip(targets, prompts, keys, strict=True):
             self._start(target, prompt, key)
-        for first in range(0, len(targets), self.rows):
-            # Targets beyond the last slot are padding: nothing is written there.
-            index = np.full((2, self.rows), ((0,), (self.slots,)), np.int32)
-            chunk = slice(first, first + self.rows)
-            index[:, : len(targets[chunk])] = sources[chunk], targets[chunk]
-            self._caches = self._fork(self._caches, *index)
+        self._hold([])
+        together = self.rows[-1]
+        pairs = list(zip(sources, targets, strict=True))
+        while pairs:
+            now = pairs[:1]
+            while len(now) < min(together, len(pairs)):
+                if len({s for pair in (*now, pairs[len(now)]) for s in pair}) > self.width:
+                    break
+                now.append(pairs[len(now)])
+            del pairs[: len(now)]
+            self._seat({s for pair in now for s in pair})
+            index = np.full((2, together), ((0,), (self.width,)), np.int32)
+            index[:, : len(now)] = np.array([[self._row[s] for s in pair] for pair in now]).T
+            self._batch = self._program("copy", self.width, self._capacity, together)(
+                self._batch, *index
+            )
 
     def append(self, slots: Sequence[int], feedback: Sequence[Sequence[int]]) -> None:
         """Add tokens that the policy did not sample; the next decode is a new turn."""
@@ -126,7 +155,7 @@ class Engine:
                 )
             self.tokens[slot] += tokens
             self._turns[slot] += 1
-        self._run_extend(slots, starts)
+        self._extend(slots, starts)
 
     def decode(
         self, slots: Sequence[int], steps: int, limits: Sequence[int]
@@ -134,35 +163,49 @@ class Engine:
         """Sample up to `steps` tokens in each of `slots`, at most its own of `limits`.
 
         A slot stops at a stop id (which is part of what it sampled). The loop runs on the
-        device and returns when all have stopped. Gives (tokens, logprobs) per slot.
+        device and returns when one in EARLY has stopped. Gives (tokens, logprobs) per slot;
+        nothing for those beyond `width`, of which those go first that are in the batch.
         """
-        if self._params is None:
-            raise ValueError("Engine.refresh(params) comes before the first decode")
-        room = np.zeros(self.slots, np.int32)
-        for slot, limit in zip(slots, limits, strict=True):
-            room[slot] = min(limit, steps, self.max_length - len(self.tokens[slot]))
-        self._hold([len(self.tokens[s]) + int(room[s]) for s in slots])
-        lengths = np.array([max(len(t), 1) - 1 for t in self.tokens], np.int32)
-        pending = np.array([t[-1] if t else 0 for t in self.tokens], np.int32)
-        self._caches, tokens, logprobs, counts, steps_run = self._decode(
-            self._params,
-            self._caches,
-            lengths,
-            pending,
-            room,
-            self._keys,
-            self._turns,
-            steps=steps,
+        sampled: list[tuple[list[int], list[float]]] = [([], []) for _ in slots]
+        room = [
+            min(limit, steps, self.max_length - len(self.tokens[slot]))
+            for slot, limit in zip(slots, limits, strict=True)
+        ]
+        going = sorted(
+            (i for i in range(len(slots)) if room[i] > 0),
+            key=lambda i: self._row[slots[i]] >= self.width,
+        )[: self.width]
+        if not going:
+            return sampled
+        self._hold([len(self.tokens[slots[i]]) + room[i] for i in going])
+        self._seat({slots[i] for i in going})
+        width = next(w for w in self.widths if w >= len(going))
+        at = {self._row[slots[i]]: i for i in going}
+        seats = list(range(width)) if width == self.width else list(at)
+        rows, lengths, pending, rooms, turns = np.zeros((5, width), np.int32)
+        keys = np.zeros((width, 2), np.uint32)
+        rows[len(seats) :] = self.width
+        seated = {row: slot for slot, row in enumerate(self._row)}
+        for place, row in enumerate(seats):
+            slot = seated[row]
+            rows[place] = row
+            lengths[place] = max(len(self.tokens[slot]), 1) - 1
+            pending[place] = self.tokens[slot][-1] if self.tokens[slot] else 0
+            rooms[place] = room[at[row]] if row in at else 0
+            turns[place], keys[place] = self._turns[slot], self._keys[slot]
+        program = self._program(*self._decoding(self._capacity, width, steps))
+        enough = np.int32(max(1, len(going) // EARLY))
+        self._batch, out = program(
+            self._params, self._batch, rows, lengths, pending, rooms, keys, turns, enough
         )
-        tokens, logprobs, counts, steps_run = jax.device_get(
-            (tokens, logprobs, counts, steps_run)
-        )
-        self.slot_steps += self.slots * int(steps_run)
-        sampled = []
-        for slot in slots:
-            new = tokens[slot, : counts[slot]].tolist()
-            self.tokens[slot] += new
-            sampled.append((new, logprobs[slot, : counts[slot]].tolist()))
+        out = jax.device_get(out)
+        self.slot_steps += width * int(out["step"])
+        for place, row in enumerate(seats):
+            if row in at:
+                count = out["counts"][place]
+                new = out["tokens"][place, :count].tolist()
+                self.tokens[seated[row]] += new
+                sampled[at[row]] = (new, out["logprobs"][place, :count].tolist())
         return sampled
 
     def rewind(self, slot: int, length: int) -> None:
@@ -176,6 +219,40 @@ class Engine:
         self._turns[slot] = 0
         del self.tokens[slot][self._prompts[slot] :]
 
+    def programs(self, steps: int) -> list[tuple]:
+        """The names of all programs that a rollout with decodes of `steps` can need."""
+        batch, parked = self.width, self.slots - self.width
+        names: list[tuple] = []
+        for place, capacity in enumerate(self.capacities):
+            names += [("copy", batch, capacity, self.rows[-1])]
+            names += [("swap", batch, parked, capacity)] if parked else []
+            names += [self._decoding(capacity, width, steps) for width in self.widths]
+            names += [
+                ("extend", batch, capacity, n, length)
+                for n in self.rows
+                for length in self.lengths
+                if n * length <= WRITTEN_TOGETHER or length == self.lengths[0]
+            ]
+            for held in {batch, parked} - {0}:
+                before = self.capacities[place - 1] if place else 0
+                names += [
+                    ("grow", held, before, capacity) if place else ("fresh", held, capacity)
+                ]
+        return names
+
+    def warm_up(self, steps: int) -> str:
+        """Compile all programs now, side by side; says how many, and how long it took."""
+        started = time.perf_counter()
+        names = self.programs(steps)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda name: self._program(*name), names))
+        seconds = time.perf_counter() - started
+        return f"compiled {len(names)} programs for generation in {seconds:.0f} s"
+
+    @property
+    def _capacity(self) -> int:
+        return self._batch[0][0].shape[2] if self._batch else 0
+
     def _start(self, slot: int, prompt: list[int], key: np.ndarray) -> None:
         self.tokens[slot] = prompt
         self._keys[slot] = key
@@ -183,131 +260,129 @@ class Engine:
         self._prompts[slot] = len(prompt)
 
     def _hold(self, lengths: Sequence[int]) -> None:
-        """Make the cache just long enough for all slots and for these lengths."""
-        needed = max([*lengths, *map(len, self.tokens), 1])
-        capacity = next(c for c in self.capacities if c >= needed)
-        if capacity != self._caches[0][0].shape[2]:
-            self._caches = self._resize(self._caches, capacity)
+        """Make the caches long enough for all slots and for these lengths."""
+        parked = self.slots - self.width
+        if self._batch is None:
+            shortest = self.capacities[0]
+            self._batch = self._program("fresh", self.width, shortest)()
+            self._parked = self._program("fresh", parked, shortest)() if parked else None
+        needed = max([*lengths, *map(len, self.tokens)])
+        for before, after in zip(self.capacities, self.capacities[1:], strict=False):
+            if self._capacity == before and needed > before:
+                self._batch = self._program("grow", self.width, before, after)(self._batch)
+                if parked:
+                    self._parked = self._program("grow", parked, before, after)(self._parked)
 
-    def _run_extend(self, slots: Sequence[int], starts: Sequence[int]) -> None:
+    def _seat(self, slots: set[int]) -> None:
+        """Bring `slots`, at most `width`, into the batch; others make room."""
+        outside = sorted(s for s in slots if self._row[s] >= self.width)
+        inside = {row: s for s, row in enumerate(self._row) if row < self.width}
+        # Those without tokens go first, then those that have the least to say.
+        leaving = sorted(set(inside.values()) - slots, key=lambda s: (len(self.tokens[s]), s))
+        pairs = list(zip(leaving, outside, strict=False))
+        for first in range(0, len(pairs), SWAPPED_TOGETHER):
+            now = pairs[first : first + SWAPPED_TOGETHER]
+            mine, theirs = np.full((2, SWAPPED_TOGETHER), self.slots, np.int32)
+            for i, (out, come) in enumerate(now):
+                mine[i], theirs[i] = self._row[out], self._row[come] - self.width
+                self._row[out], self._row[come] = self._row[come], self._row[out]
+            swap = self._program("swap", self.width, self.slots - self.width, self._capacity)
+            self._batch, self._parked = swap(self._batch, self._parked, mine, theirs)
+
+    def _extend(self, slots: Sequence[int], starts: Sequence[int]) -> None:
         """Write the cache from position starts[i] up to all but the last token of slots[i]."""
         if self._params is None:
             raise ValueError("Engine.refresh(params) comes before the first prefill")
         self._hold([])
-        for first in range(0, len(slots), self.rows):
-            chunk = range(first, min(first + self.rows, len(slots)))
-            news = [self.tokens[slots[i]][starts[i] : -1] for i in chunk]
-            longest = max(len(new) for new in news)
-            if longest == 0:
-                continue  # prompts of one token: there is nothing but the pending one
-            length = next(b for b in self.buckets if b >= longest)
-            tokens = np.zeros((self.rows, length), np.int32)
-            positions = np.full((self.rows, length), self.max_length, np.int32)
-            index = np.full(self.rows, self.slots, np.int32)  # padding: written nowhere
-            for row, (i, new) in enumerate(zip(chunk, news, strict=True)):
-                tokens[row, : len(new)] = new
-                positions[row, : len(new)] = np.arange(starts[i], starts[i] + len(new))
-                index[row] = slots[i]
-                self.prefilled += len(new)
-            self._caches = self._extend(self._params, self._caches, tokens, positions, index)
+        news = {s: self.tokens[s][a:-1] for s, a in zip(slots, starts, strict=True)}
+        at = dict(zip(slots, starts, strict=True))
+        self.prefilled += sum(map(len, news.values()))
+        # The longest together; a prompt of one token has nothing but the pending one.
+        queue = sorted((s for s in slots if news[s]), key=lambda s: -len(news[s]))
+        for count in pieces(len(queue), self.rows):
+            group, queue = queue[:count], queue[count:]
+            self._seat(set(group))
+            lengths = [n for n in self.lengths if count * n <= WRITTEN_TOGETHER]
+            done = 0
+            for length in pieces(len(news[group[0]]), lengths or self.lengths[:1]):
+                tokens = np.zeros((count, length), np.int32)
+                positions = np.full((count, length), self.max_length, np.int32)
+                rows = np.full(count, self.width, np.int32)
+                for i, slot in enumerate(group):
+                    new = news[slot][done : done + length]
+                    first = at[slot] + done
+                    tokens[i, : len(new)] = new
+                    positions[i, : len(new)] = np.arange(first, first + len(new))
+                    rows[i] = self._row[slot]
+                done += length
+                program = self._program("extend", self.width, self._capacity, count, length)
+                self._batch = program(self._params, self._batch, tokens, positions, rows)
+
+    def _decoding(self, capacity: int, width: int, steps: int) -> tuple:
+        return ("decode", self.width, capacity, width, steps, self._stops, self._how)
+
+    def _program(self, *name) -> Callable:
+        return _compiled(self.config, self._dtype, *name)
 
 
-def _per_layer(config: ModelConfig, params: Params) -> Params:
-    """Stacked training weights -> one tree a layer, matrices in the compute dtype."""
-    # Slicing the stack in every decode step would cost as much as reading it.
-    cast = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    layers = [
-        jax.tree.map(lambda x, layer=layer: x[layer], cast["layers"])
-        for layer in range(config.layers)
-    ]
-    return {**cast, "layers": layers}
+@functools.cache
+def _compiled(config: ModelConfig, dtype: str, name: str, *shape) -> Callable:
+    """The program of this name for these shapes, of which engines alike share one."""
+
+    def ints(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    def caches(rows, capacity):
+        return jax.eval_shape(lambda: decode.fresh(config, dtype, rows, capacity))
+
+    def weights():
+        return jax.eval_shape(lambda: decode.per_layer(config, transformer.init(config, 0)))
+
+    match name, *shape:
+        case "fresh", rows, capacity:
+            made = jax.jit(lambda: decode.fresh(config, dtype, rows, capacity))
+            shapes = ()
+        case "grow", rows, before, after:
+            made = jax.jit(functools.partial(decode.grow, after))
+            shapes = (caches(rows, before),)
+        case "copy", rows, capacity, count:
+            made = jax.jit(decode.copy_rows, donate_argnums=0)
+            shapes = (caches(rows, capacity), ints(count), ints(count))
+        case "swap", rows, parked, capacity:
+            made = jax.jit(decode.swap_rows, donate_argnums=(0, 1))
+            index = ints(SWAPPED_TOGETHER)
+            shapes = (caches(rows, capacity), caches(parked, capacity), index, index)
+        case "extend", rows, capacity, count, length:
+            made = jax.jit(functools.partial(decode.extend, config), donate_argnums=1)
+            tokens = ints(count, length)
+            shapes = (weights(), caches(rows, capacity), tokens, tokens, ints(count))
+        case "decode", rows, capacity, width, steps, stops, how:
+            made = functools.partial(decode.decode, config, stops, how, steps)
+            made = jax.jit(made, donate_argnums=1)
+            keys = jax.ShapeDtypeStruct((width, 2), jnp.uint32)
+            each = ints(width)
+            shapes = (
+                weights(),
+                caches(rows, capacity),
+                each,
+                each,
+                each,
+                each,
+                keys,
+                each,
+                ints(),
+            )
+    return made.lower(*shapes).compile()
 
 
-def _forward(config, params, tokens, positions, caches, slots=None):
-    """tokens, positions [n,T] -> hidden [n,T,D] and the caches with these tokens in them."""
-    x = params["embed"][tokens]
-    block, out = Block(config), []
-    for layer, (keys, values) in zip(params["layers"], caches, strict=True):
-        cache = Cache(keys, values, slots)
-        x, cache = block.apply({"params": layer}, x, positions, cache=cache)
-        out.append((cache.keys, cache.values))
-    return norm(config, "final_norm").apply({"params": params["final_norm"]}, x), out
-
-
-def _extend(config, params, caches, tokens, positions, slots):
-    return _forward(config, params, tokens, positions, caches, slots)[1]
-
-
-def _fork(caches, sources, targets):
-    # In place, a few rows at a time: a target is never also a source of another.
-    return jax.tree.map(
-        lambda cache: cache.at[targets].set(cache[sources], mode="drop"), caches
-    )
-
-
-def _resize(caches, capacity):
-    """Longer by empty places, or shorter."""
-    missing = max(0, capacity - caches[0][0].shape[2])
-    widths = ((0, 0), (0, 0), (0, missing), (0, 0))
-    return jax.tree.map(lambda cache: jnp.pad(cache[:, :, :capacity], widths), caches)
-
-
-def _decode(
-    config,
-    stops,
-    how,
-    params,
-    caches,
-    lengths,
-    pending,
-    room,
-    keys,
-    turns,
-    steps,
-):
-    """The device-side loop. lengths, pending, room, turns [B]; keys [B,2]; see `decode`."""
-    slots = lengths.shape[0]
-    turn_keys = sampling.fold(jax.random.wrap_key_data(keys), turns)
-
-    def going(state):
-        return jnp.any(state["alive"]) & (state["step"] < steps)
-
-    def step(state):
-        # A slot that has stopped feeds its last token again, to the place where that token
-        # will be written when it goes on: harmless, and the shape stays the same.
-        hidden, caches = _forward(
-            config,
-            params,
-            state["pending"][:, None],
-            state["lengths"][:, None],
-            state["caches"],
-        )
-        logits = head(config, params, hidden[:, 0])
-        draw_keys = sampling.fold(turn_keys, state["lengths"])
-        new, logprob = sampling.sample(logits, draw_keys, how)
-        alive, i = state["alive"], state["step"]
-        counts = state["counts"] + alive
-        ended = functools.reduce(jnp.logical_or, [new == s for s in stops], ~alive)
-        return {
-            "caches": caches,
-            "lengths": state["lengths"] + alive,
-            "pending": jnp.where(alive, new, state["pending"]),
-            "alive": ~ended & (counts < room),
-            "counts": counts,
-            "tokens": state["tokens"].at[:, i].set(new),
-            "logprobs": state["logprobs"].at[:, i].set(logprob),
-            "step": i + 1,
-        }
-
-    state = {
-        "caches": caches,
-        "lengths": lengths,
-        "pending": pending,
-        "alive": room > 0,
-        "counts": jnp.zeros(slots, jnp.int32),
-        "tokens": jnp.zeros((slots, steps), jnp.int32),
-        "logprobs": jnp.zeros((slots, steps), jnp.float32),
-        "step": jnp.int32(0),
-    }
-    state = jax.lax.while_loop(going, step, state)
-    return tuple(state[name] for name in ("caches", "tokens", "logprobs", "counts", "step"))
+def pieces(count: int, sizes: Sequence[int]) -> list[int]:
+    """Sizes, out of `sizes` (rising), that cover `count` with no more padding than `count`
+    where the smallest allows it: 100 of (32, 128, 512) -> [128]; 140 -> [128, 32]."""
+    out = []
+    while count > 0:
+        size = next((s for s in sizes if s >= count), sizes[-1])
+        if size > 2 * count:
+            size = max((s for s in sizes if s <= count), default=size)
+        out.append(size)
+        count -= size
+    return out

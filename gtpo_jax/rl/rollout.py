@@ -132,17 +132,21 @@ def rollout(
     while waiting or live:
         _refill(engine, done, keys, waiting, live, holds)
         _take_outcomes(engine, live, tokenizer, form, limits, stats)
-        slots = [s for s in sorted(live) if live[s].outcome is None and not live[s].done]
+        # The oldest first.
+        slots = [s for s, item in live.items() if item.outcome is None and not item.done]
+        said = []
         if slots:
             room = [_room(live[s].trajectory, engine, limits) for s in slots]
             for slot, (tokens, logprobs) in zip(
                 slots, engine.decode(slots, limits.chunk, room), strict=True
             ):
+                if tokens:  # else there was no room in the batch
+                    said.append(slot)
                 stats.sampled += len(tokens)
                 turn = live[slot].trajectory.turns[-1]
                 turn.tokens += tokens
                 turn.logprobs += logprobs
-        for slot in slots:
+        for slot in said:
             if _end_turn(engine, slot, live[slot], tokenizer, form, task, judges, limits):
                 live[slot].outcome = _start_call(live[slot], judges.programs, limits)
         for slot in [s for s in sorted(live) if live[s].done]:
@@ -150,6 +154,7 @@ def rollout(
             item = live.pop(slot)
             if item.verdict is not None:
                 checked.append((item.trajectory, item.verdict))
+    engine.reset()
     for trajectory, verdict in checked:
         _judge(trajectory, verdict.result())
     stats.seconds = time.perf_counter() - started

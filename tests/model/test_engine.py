@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from gtpo_jax.errors import InputError
+from gtpo_jax.metrics import CompileCounter
 from gtpo_jax.model import sampling, transformer
 from gtpo_jax.model.config import ModelConfig
-from gtpo_jax.model.engine import Engine
+from gtpo_jax.model.engine import Engine, pieces
 
 CONFIGS = {
     "grouped": ModelConfig(61, 32, 3, 4, 2, 8, 48, 96, rope_theta=500.0),
@@ -23,7 +24,8 @@ def make(name, slots=5, temperature=0.0, stop_ids=(), **options):
     config = CONFIGS[name]
     params = jax.tree.map(lambda x: x * 1.5, transformer.init(config, 3))
     how = sampling.Sampling(temperature)
-    engine = Engine(config, slots, 80, stop_ids, how, buckets=(8, 16), **options)
+    options = {"rows": (4,), "lengths": (16,), **options}
+    engine = Engine(config, slots, 80, stop_ids, how, **options)
     engine.refresh(params)
     return config, params, engine
 
@@ -62,7 +64,7 @@ def play(engine, rng, slots, turns=3):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_multi_turn_greedy_equals_full_forward(name):
-    config, params, engine = make(name, rows=2)
+    config, params, engine = make(name, rows=(1, 2))
     rng = np.random.default_rng(1)
     for slot, sampled in play(engine, rng, [0, 2, 3, 4]).items():
         reference = full(config, params, engine.tokens[slot])
@@ -141,12 +143,15 @@ def test_stops_at_stop_ids_and_at_its_own_limit():
     _, _, free = make("grouped", temperature=1.0)
     free.prefill([0, 1], [[3, 4], [5]], keys(2))
     longest = [t for t, _ in free.decode([0, 1], 16, [16, 16])]
-    end = longest[0][5]
+    end = next(t for t in longest[0][5:] if t not in (*longest[0][:5], *longest[1][:3]))
     _, _, engine = make("grouped", temperature=1.0, stop_ids=(end,))
     engine.prefill([0, 1], [[3, 4], [5]], keys(2))
-    stopped = [t for t, _ in engine.decode([0, 1], 16, [16, 3])]
-    assert stopped[0] == longest[0][: longest[0].index(end) + 1]
-    assert stopped[1] == longest[1][:3][: stopped[1].index(end) + 1 if end in stopped[1] else 3]
+    # Back as soon as one has stopped, here at its limit; the other goes on where it was.
+    first = [t for t, _ in engine.decode([0, 1], 16, [16, 3])]
+    assert first == [longest[0][:3], longest[1][:3]] and engine.slot_steps == 2 * 3
+    ((then, _),) = engine.decode([0], 16, [13])
+    assert first[0] + then == longest[0][: longest[0].index(end) + 1]
+    assert engine.slot_steps == 2 * 3 + 1 * len(then)  # a slot alone decodes alone
 
 
 def test_never_past_the_context():
@@ -163,6 +168,8 @@ def test_bad_input_is_named():
         engine.prefill([0], [[1] * 80], keys(1))
     with pytest.raises(InputError, match="exceeds the model's context of 96"):
         Engine(CONFIGS["grouped"], 2, 97, ())
+    with pytest.raises(InputError, match="width=1: at least 2"):
+        Engine(CONFIGS["grouped"], 2, 80, (), width=1)
     engine.prefill([0], [[1] * 70], keys(1))
     with pytest.raises(ValueError, match="leave no room"):
         engine.append([0], [[2] * 10])
@@ -171,7 +178,7 @@ def test_bad_input_is_named():
 
 
 def test_the_cache_is_as_long_as_it_has_to_be(monkeypatch):
-    """Grown in the middle of a turn and shrunk again: the same tokens as in one length."""
+    """Grown in the middle of a turn: the same tokens as in one length."""
     long = make("grouped", temperature=1.0)[2]
     monkeypatch.setattr("gtpo_jax.model.engine.SHORTEST", 8)
     engine = make("grouped", temperature=1.0)[2]
@@ -180,7 +187,7 @@ def test_the_cache_is_as_long_as_it_has_to_be(monkeypatch):
 
     def both(method, *arguments):
         ours, theirs = (getattr(e, method)(*arguments) for e in (engine, long))
-        seen.append(engine._caches[0][0].shape[2])
+        seen.append(engine._capacity)
         for (a, la), (b, lb) in zip(ours or (), theirs or (), strict=True):
             assert a == b
             np.testing.assert_allclose(la, lb, atol=1e-5)
@@ -192,7 +199,77 @@ def test_the_cache_is_as_long_as_it_has_to_be(monkeypatch):
     both("append", [1], [list(range(1, 30))])
     both("decode", [0, 1, 2], 8, [8, 8, 8])
     both("release", 1)
-    both("decode", [0, 2], 4, [4, 4])
     both("fork", [0], [1], [3], keys(4)[3:])
     both("decode", [0, 1, 2], 4, [4, 4, 4])
-    assert seen == [8, 8, 8, 16, 64, 64, 64, 32, 32, 32]
+    both("reset")
+    both("prefill", [3], [[7, 8, 9]], keys(1))
+    both("decode", [3], 4, [4])
+    assert seen == [8, 8, 8, 16, 64, 64, 64, 64, 64, 0, 8, 8]
+
+
+@pytest.mark.parametrize("width", [2, 3])
+def test_parked_slots_say_what_they_would_say_in_the_batch(width):
+    """Slots that change places, forks and feedback among them, in any width of the batch."""
+    wide = make("one_kv_head", temperature=1.0)[2]
+    engine = make("one_kv_head", temperature=1.0, width=width, rows=(1, 2))[2]
+    rng = np.random.default_rng(7)
+    for e in (wide, engine):
+        e.prefill([0, 3], [[3, 4, 5], list(range(20))], keys(2))
+        e.fork([0, 0, 3], [1, 4, 2], [3, 2, 17], keys(5)[2:])
+    said = {s: ([], []) for s in range(5)}
+    for turn in range(4):
+        chosen = sorted(rng.choice(5, 3, replace=False).tolist())
+        expected = wide.decode(chosen, 6, [6] * 3)
+        left = {s: 6 for s in chosen}
+        while left:
+            slots = list(left)
+            out = engine.decode(slots, 6, list(left.values()))
+            assert sum(bool(tokens) for tokens, _ in out) == min(width, len(slots))
+            for slot, (tokens, logprobs) in zip(slots, out, strict=True):
+                said[slot][0].extend(tokens)
+                said[slot][1].extend(logprobs)
+                left[slot] -= len(tokens)
+            left = {s: n for s, n in left.items() if n}
+        for slot, (tokens, logprobs) in zip(chosen, expected, strict=True):
+            assert said[slot][0] == tokens
+            np.testing.assert_allclose(said[slot][1], logprobs, atol=1e-5)
+            said[slot] = ([], [])
+        talking = chosen[: 1 + turn % 3]
+        for e in (wide, engine):
+            e.append(talking, [[turn + 1, s, 9] for s in talking])
+            e.rewind(chosen[-1], len(e.tokens[chosen[-1]]) - 1)
+    assert engine.tokens == wide.tokens and engine.prefilled == wide.prefilled
+
+
+def test_what_is_written_is_cut_into_few_shapes():
+    assert pieces(100, (32, 128, 512)) == [128]
+    assert pieces(140, (32, 128, 512)) == [128, 32]
+    assert pieces(300, (32, 128, 512)) == [512]
+    assert pieces(1300, (32, 128, 512)) == [512, 512, 512]
+    assert pieces(3, (1, 4, 16)) == [4] and pieces(5, (1, 4, 16)) == [4, 1]
+    assert pieces(0, (1, 4)) == [] and pieces(1, (32,)) == [32]
+
+
+def test_after_the_warm_up_nothing_compiles():
+    compiles = CompileCounter()
+    engine = make("qk_norm_untied", slots=6, width=4, temperature=0.9)[2]
+    assert "programs" in engine.warm_up(8)
+    assert compiles.take() > 0
+    keys(6), keys(1)
+    compiles.take()
+    for seed in range(4):
+        play(engine, np.random.default_rng(seed), list(range(6)))
+        engine.fork([0], [3], [1], keys(1))
+        engine.decode([0, 3], 8, [8, 8])
+        engine.reset()
+    assert compiles.take() == 0
+
+
+def test_a_cache_of_bfloat16_is_near_one_of_float32():
+    config, params, engine = make("grouped", cache_dtype="bfloat16")
+    engine.prefill([0], [list(range(30))], keys(1))
+    ((tokens, logprobs),) = engine.decode([0], 16, [16])
+    reference = full(config, params, engine.tokens[0])
+    for place, token, logprob in zip(range(30, 46), tokens, logprobs, strict=True):
+        np.testing.assert_allclose(logprob, reference[place - 1, token], atol=0.1)
+    assert engine._batch[0][0].dtype == jnp.bfloat16

@@ -123,6 +123,9 @@ class ScriptedEngine:
     def release(self, slot):
         pass
 
+    def reset(self):
+        self.tokens = [[] for _ in range(self.slots)]
+
 
 @pytest.fixture(scope="module")
 def sandbox():

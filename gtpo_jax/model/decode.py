@@ -1,0 +1,153 @@
+"""What the engine runs on the device: pure functions of weights, caches and small arrays.
+
+Caches are a list, a layer each, of (keys, values) [rows, kv_heads, capacity, head_dim]. A row
+number beyond the last is padding: it is read as any row and written nowhere. Letters: W rows
+decoded together, n rows and T tokens written together.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from gtpo_jax.model import sampling
+from gtpo_jax.model.attention import Cache
+from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.sampling import Sampling
+from gtpo_jax.model.transformer import Block, Params, head, norm
+
+Caches = list[tuple[jax.Array, jax.Array]]
+
+
+def fresh(config: ModelConfig, dtype: str, rows: int, capacity: int) -> Caches:
+    """Empty caches."""
+    shape = (rows, config.kv_heads, capacity, config.head_dim)
+    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+
+
+def grow(capacity: int, caches: Caches) -> Caches:
+    """The same with empty places after them, `capacity` in all."""
+    missing = capacity - caches[0][0].shape[2]
+    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), caches)
+
+
+def copy_rows(caches: Caches, sources: jax.Array, targets: jax.Array) -> Caches:
+    """In place, row targets[i] := row sources[i]. A target is never also a source."""
+    return jax.tree.map(lambda x: x.at[targets].set(x[sources], mode="drop"), caches)
+
+
+def swap_rows(one: Caches, other: Caches, mine: jax.Array, theirs: jax.Array) -> tuple:
+    """In place, row mine[i] of `one` against row theirs[i] of `other`."""
+    news = jax.tree.map(lambda x, y: x.at[mine].set(y[theirs], mode="drop"), one, other)
+    olds = jax.tree.map(lambda x, y: y.at[theirs].set(x[mine], mode="drop"), one, other)
+    return news, olds
+
+
+def per_layer(config: ModelConfig, params: Params) -> Params:
+    """Stacked training weights -> one tree a layer, matrices in the compute dtype."""
+    # Slicing the stack in every decode step would cost as much as reading it.
+    cast = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    layers = [
+        jax.tree.map(lambda x, layer=layer: x[layer], cast["layers"])
+        for layer in range(config.layers)
+    ]
+    return {**cast, "layers": layers}
+
+
+def extend(
+    config: ModelConfig,
+    params: Params,
+    caches: Caches,
+    tokens: jax.Array,
+    positions: jax.Array,
+    rows: jax.Array,
+) -> Caches:
+    """Write tokens [n,T] at positions [n,T] of rows [n]; positions past the end are padding."""
+    return _forward(config, params, tokens, positions, caches, rows)[1]
+
+
+def decode(
+    config: ModelConfig,
+    stops: tuple[int, ...],
+    how: Sampling,
+    steps: int,
+    params: Params,
+    caches: Caches,
+    rows: jax.Array,
+    lengths: jax.Array,
+    pending: jax.Array,
+    room: jax.Array,
+    keys: jax.Array,
+    turns: jax.Array,
+    enough: jax.Array,
+) -> tuple[Caches, dict[str, Any]]:
+    """Sample up to `steps` tokens in each row, until `enough` of those going have stopped.
+
+    lengths: tokens in the cache; pending: the one after them, not in it; room: how many may be
+    sampled, 0 for a row that only keeps its place; keys [W,2], turns: what draws are keyed
+    with. All [W] int32. -> the caches, and counts [W], tokens and logprobs [W,steps], steps.
+    """
+    # All rows: in place. Fewer: out of the caches, and back when done.
+    narrow = len(rows) < caches[0][0].shape[0]
+    if narrow:
+        held, caches = caches, jax.tree.map(lambda x: x.at[rows].get(mode="clip"), caches)
+    turn_keys = sampling.fold(jax.random.wrap_key_data(keys), turns)
+    stopping = jnp.zeros(config.vocab_size, bool).at[jnp.array(stops, int)].set(True)
+    left = jnp.sum(room > 0) - enough
+
+    def going(state):
+        return (jnp.sum(state["alive"]) > left) & (state["step"] < steps)
+
+    def step(state):
+        # A row that has stopped feeds its last token again, to the place where that token
+        # will be written when it goes on: harmless, and the shape stays the same.
+        hidden, caches = _forward(
+            config,
+            params,
+            state["pending"][:, None],
+            state["lengths"][:, None],
+            state["caches"],
+        )
+        logits = head(config, params, hidden[:, 0])
+        draw_keys = sampling.fold(turn_keys, state["lengths"])
+        new, logprob = sampling.sample(logits, draw_keys, how)
+        alive, i = state["alive"], state["step"]
+        counts = state["counts"] + alive
+        return {
+            "caches": caches,
+            "lengths": state["lengths"] + alive,
+            "pending": jnp.where(alive, new, state["pending"]),
+            "alive": alive & ~stopping[new] & (counts < room),
+            "counts": counts,
+            "tokens": state["tokens"].at[:, i].set(new),
+            "logprobs": state["logprobs"].at[:, i].set(logprob),
+            "step": i + 1,
+        }
+
+    state = {
+        "caches": caches,
+        "lengths": lengths,
+        "pending": pending,
+        "alive": room > 0,
+        "counts": jnp.zeros_like(room),
+        "tokens": jnp.zeros((len(rows), steps), jnp.int32),
+        "logprobs": jnp.zeros((len(rows), steps), jnp.float32),
+        "step": jnp.int32(0),
+    }
+    state = jax.lax.while_loop(going, step, state)
+    caches = state["caches"]
+    if narrow:
+        caches = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), held, caches)
+    return caches, {name: state[name] for name in ("counts", "tokens", "logprobs", "step")}
+
+
+def _forward(config, params, tokens, positions, caches, rows=None):
+    """tokens, positions [n,T] -> hidden [n,T,D] and the caches with these tokens in them."""
+    x = params["embed"][tokens]
+    # Jitted by itself, a layer is traced once and not as often as there are layers.
+    block = jax.jit(lambda p, x, at, cache: Block(config).apply(p, x, at, cache=cache))
+    out = []
+    for layer, (keys, values) in zip(params["layers"], caches, strict=True):
+        x, cache = block({"params": layer}, x, positions, Cache(keys, values, rows))
+        out.append((cache.keys, cache.values))
+    return norm(config, "final_norm").apply({"params": params["final_norm"]}, x), out
