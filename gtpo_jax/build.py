@@ -168,13 +168,13 @@ def engine(config: ConfigDict, made: Policy, how: Sampling | None = None) -> Eng
     r = config.rollout
     length = r.max_prompt_tokens + r.max_tokens
     wanted = min(r.slots or r.problems * r.samples, r.problems * r.samples)
-    fit = slots_that_fit(made.config, length, r.cache_dtype, free_bytes())
-    if fit < (wanted if r.slots else 1):
+    free = free_bytes()
+    fit, needed = slots_that_fit(made.config, length, r.cache_dtype, free), r.slots and wanted
+    if fit < max(needed, 1):
         raise InputError(
-            f"rollout.slots={wanted} of {length} tokens do not fit into the free "
-            f"{free_bytes() / 2**30:.1f} GiB, {fit} do: lower rollout.slots, "
-            "rollout.max_tokens or rollout.max_prompt_tokens, or set "
-            "rollout.cache_dtype=bfloat16"
+            f"{max(needed, 1)} slots of {length} tokens do not fit into the free "
+            f"{free / 2**20:,.0f} MiB, {fit} do: lower rollout.slots, rollout.max_tokens or "
+            "rollout.max_prompt_tokens, or set rollout.cache_dtype=bfloat16"
         )
     return Engine(
         made.config,

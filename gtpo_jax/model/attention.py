@@ -29,7 +29,8 @@ def packed_attention(
     scores = jnp.einsum("btkgh,bskh->bkgts", query, k, preferred_element_type=jnp.float32)
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
     allowed = same & jnp.tril(jnp.ones((length, length), bool))
-    out = _attend(scores, allowed[:, None, None], "bkgts,bskh->btkgh", v)
+    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED), axis=-1)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
     return out.reshape(q.shape)
 
 
@@ -46,13 +47,20 @@ def cached_attention(
     values = values.at[rows[:, None], :, positions].set(v.astype(values.dtype), mode="drop")
     seen_k, seen_v = (keys, values) if slots is None else (keys[slots], values[slots])
 
-    query = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("btkgh,bksh->bkgts", query, seen_k, preferred_element_type=jnp.float32)
+    # One batch of plain products, [T*g,h] x [h,S] for each row and head: XLA on CPU takes a
+    # third of the time that it takes for the einsum over rows, heads and groups.
+    rows, length, heads = *positions.shape, k.shape[2]
+    query = jnp.moveaxis(q.reshape(rows, length, heads, -1, q.shape[-1]), 1, 2)
+    query = query.reshape(rows * heads, -1, q.shape[-1]).astype(keys.dtype)
+    flat_k, flat_v = (x.reshape(rows * heads, *x.shape[2:]) for x in (seen_k, seen_v))
+    scores = jnp.einsum("bqh,bsh->bqs", query, flat_k, preferred_element_type=jnp.float32)
     allowed = jnp.arange(keys.shape[2]) <= positions[:, :, None]  # [n,T,S]
-    out = _attend(scores, allowed[:, None, None], "bkgts,bksh->btkgh", seen_v)
-    return out.reshape(q.shape), Cache(keys, values, slots)
-
-
-def _attend(scores: jax.Array, allowed: jax.Array, letters: str, v: jax.Array) -> jax.Array:
-    weights = jax.nn.softmax(jnp.where(allowed, scores, MASKED), axis=-1)
-    return jnp.einsum(letters, weights.astype(v.dtype), v)
+    scores = jnp.where(
+        allowed[:, None, :, None],
+        scores.reshape(rows, heads, length, -1, keys.shape[2]),
+        MASKED,
+    )
+    weights = jax.nn.softmax(scores, axis=-1).reshape(rows * heads, -1, keys.shape[2])
+    out = jnp.einsum("bqs,bsh->bqh", weights.astype(values.dtype), flat_v)
+    out = jnp.moveaxis(out.reshape(rows, heads, length, -1, q.shape[-1]), 1, 2)
+    return out.reshape(q.shape).astype(q.dtype), Cache(keys, values, slots)

@@ -67,13 +67,29 @@ def sample(logits: jax.Array, keys: jax.Array, how: Sampling) -> tuple[jax.Array
     token, those at temperature 1.
     """
     scaled = logits / how.temperature if how.temperature > 0 else logits
-    logprobs = jax.nn.log_softmax(scaled)
+    logprobs = scaled - jax.nn.logsumexp(scaled, axis=-1, keepdims=True)
     kept = keep(logprobs, how)
-    if how.temperature > 0:
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-        kept = kept + noise
-    tokens = jnp.argmax(kept, axis=-1)
+    tokens = draw(kept, keys) if how.temperature > 0 else jnp.argmax(kept, axis=-1)
     return tokens.astype(jnp.int32), jnp.take_along_axis(logprobs, tokens[:, None], 1)[:, 0]
+
+
+def draw(logprobs: jax.Array, keys: jax.Array, block: int = 128) -> jax.Array:
+    """logprobs [B,V], one key a row -> tokens [B], drawn in proportion to exp(logprobs).
+
+    By Gumbel-max twice, first a block of the vocabulary and then a token in it, since
+    P(token) = P(block) P(token | block): V / block + block random numbers a row, not V, which
+    would cost as much as the head of a small model.
+    """
+    rows, size = logprobs.shape
+    blocks = jnp.pad(logprobs, ((0, 0), (0, -size % block)), constant_values=-jnp.inf)
+    blocks = blocks.reshape(rows, -1, block)
+    count = blocks.shape[1]
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, (count + block,)))(keys)
+    # A block may be all -inf: its sum is 0 and its logarithm -inf again.
+    masses = jnp.log(jnp.sum(jnp.exp(blocks), axis=-1))
+    chosen = jnp.argmax(masses + noise[:, :count], axis=-1)
+    inner = jnp.take_along_axis(blocks, chosen[:, None, None], axis=1)[:, 0]
+    return chosen * block + jnp.argmax(inner + noise[:, count:], axis=-1)
 
 
 def keep(logprobs: jax.Array, how: Sampling) -> jax.Array:

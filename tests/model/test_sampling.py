@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.model.sampling import Sampling, keep, sample
+from gtpo_jax.model.sampling import Sampling, draw, keep, sample
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (5, 50))
 LOGPROBS = LOGITS - np.log(np.exp(LOGITS).sum(axis=1, keepdims=True))
@@ -65,6 +66,30 @@ def test_draws_stay_in_the_nucleus_and_keep_their_proportions():
     np.testing.assert_allclose(
         np.asarray(logprobs), np.log([0.5, 0.3])[np.asarray(tokens)], rtol=1e-5
     )
+
+
+def test_draws_over_many_blocks_follow_the_distribution():
+    """A block of the vocabulary that is all cut off, one half full, and a tiny one."""
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 1.5, 300)
+    logits[10:128], logits[270:] = -np.inf, -40.0
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    count = 40_000
+    keys = jax.random.split(jax.random.key(5), count)
+    row = jnp.asarray(np.log(np.maximum(probabilities, 1e-30)), jnp.float32)
+    row = jnp.where(jnp.asarray(probabilities) > 0, row, -jnp.inf)
+    tokens = np.asarray(jax.jit(draw)(jnp.tile(row, (count, 1)), keys))
+    seen = np.bincount(tokens, minlength=300)
+    assert seen[10:128].sum() == 0 and seen[270:].sum() == 0
+    often = probabilities * count > 5
+    assert (
+        chisquare(
+            seen[often], probabilities[often] * seen[often].sum() / probabilities[often].sum()
+        ).pvalue
+        > 1e-3
+    )
+    empty = draw(jnp.tile(row, (8, 1)).at[:, 128:].set(-jnp.inf), keys[:8])
+    assert np.all(np.asarray(empty) < 10)
 
 
 def test_greedy_takes_the_likeliest_that_is_not_banned():
