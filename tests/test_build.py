@@ -66,5 +66,5 @@ def test_slots_that_do_not_fit_are_refused_with_what_to_lower(monkeypatch):
         assert name in str(error.value)
     monkeypatch.setattr(build, "free_bytes", lambda: 2**10)
     config.rollout.slots = 0
-    with pytest.raises(InputError, match="1 slots of 160 .* 0 do"):
+    with pytest.raises(InputError, match=r"1 slots of 160 .* 0 do"):
         build.engine(config, policy())
