@@ -29,6 +29,7 @@ from gtpo_jax.model.engine import Engine
 
 # vocabulary, width, layers, heads, kv heads, head width, hidden, context
 SHAPES = {
+    "tiny": ModelConfig(512, 128, 2, 4, 4, 32, 512, 4096),
     "smollm2-135m": ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192, rope_theta=1e5),
     "qwen2.5-0.5b": ModelConfig(
         151936, 896, 24, 14, 2, 64, 4864, 32768, qkv_bias=True, rope_theta=1e6
