@@ -3,7 +3,7 @@
 #
 #   bash benchmarks/gpu.sh DATA OUT [PART ...]
 #
-# DATA: a folder with gsm8k/ and svamp/. Parts (default: all): coldstart.
+# DATA: a folder with gsm8k/ and svamp/. Parts (default: all): decode, rollout, coldstart.
 set -euo pipefail
 DATA="$1" OUT="$2"
 shift 2
@@ -22,6 +22,22 @@ coldstart() {
         --benchmarks=svamp,gsm8k --data="$DATA" --samples=8 --temperature=1.0
 }
 
-for part in "${@:-coldstart}"; do
+# A decoding step, against the bytes that it has to read.
+decode() {
+    step() { python -m benchmarks.decode --dtype=bfloat16 --new=128 "$@" | tee -a "$OUT/decode.jsonl"; }
+    step --model=qwen2.5-1.5b --slots=64 --context=2048
+    step --model=qwen2.5-1.5b --slots=256 --context=2048
+    step --model=qwen2.5-1.5b --slots=64 --context=8192
+    step --model=qwen2.5-0.5b --slots=1 --context=512
+}
+
+# Tools of 0.05 to 2 s against instant ones and against the naive loop.
+rollout() {
+    python -m benchmarks.rollout --model=qwen2.5-1.5b --dtype=bfloat16 --problems=128 --samples=8 \
+        --width=64 --slots=512 --median=100 | tee -a "$OUT/rollout.jsonl"
+}
+
+[ $# -gt 0 ] || set -- decode rollout coldstart
+for part; do
     "$part" 2>&1 | tee "$OUT/$part.log"
 done
