@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from gtpo_jax.errors import InputError
+from gtpo_jax.model.engine import Engine
+from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.tokenizer import load_tokenizer
 from gtpo_jax.model.transformer import logits
 from gtpo_jax.model.weights import load, load_hf, smollm2_path
@@ -105,6 +107,43 @@ def test_logits_are_those_of_transformers(name, tmp_path):
     model = checkpoint(tmp_path, *FAMILIES[name])
     tokens = random_tokens(SMALL["vocab_size"])
     assert difference(tmp_path, tokens, torch_logits(model, tokens)) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["llama tied, theta", "qwen2 untied", "qwen3 tied"])
+def test_the_engine_says_what_generate_says(name, tmp_path):
+    """Greedy, token for token, over two turns of ragged prompts and feedback."""
+    torch = pytest.importorskip("torch")
+    model = checkpoint(tmp_path, *FAMILIES[name])
+    model.generation_config.eos_token_id = None  # any token may come at any place
+    config, params = load_hf(tmp_path)
+    engine = Engine(config, 3, 64, (), Sampling(0.0), rows=(4,), lengths=(16,))
+    engine.refresh(params)
+    rng = np.random.default_rng(2)
+    histories = [rng.integers(0, 61, n).tolist() for n in (3, 9, 14)]
+
+    def theirs(count):
+        for history in histories:
+            ids = torch.tensor([history])
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=count,
+                do_sample=False,
+                pad_token_id=0,
+            )
+            history[:] = out[0].tolist()
+
+    engine.prefill(range(3), histories, np.zeros((3, 2), np.uint32))
+    engine.decode(range(3), 12, [12] * 3)
+    theirs(12)
+    assert engine.tokens == histories
+    feedback = [rng.integers(0, 61, n).tolist() for n in (7, 1, 4)]
+    engine.append(range(3), feedback)
+    engine.decode(range(3), 12, [12] * 3)
+    for history, new in zip(histories, feedback, strict=True):
+        history += new
+    theirs(12)
+    assert engine.tokens == histories
 
 
 def test_sharded_bfloat16_checkpoint(tmp_path):

@@ -74,7 +74,7 @@ def play(dtype, deterministic, slots, width):
         limits,
         0,
         0,
-    )[0]
+    )
 
 
 def sequence(t):
@@ -88,11 +88,16 @@ def sequence(t):
 
 @pytest.mark.parametrize(("dtype", "close"), [("float32", 1e-4), ("bfloat16", 0.05)])
 def test_tokens_part_at_near_ties_only(dtype, close, capsys):
-    first = play(dtype, True, 12, 0)
-    assert play(dtype, True, 12, 0) == first  # to the bit
+    first, stats = play(dtype, True, 12, 0)
+    assert play(dtype, True, 12, 0)[0] == first  # to the bit
+    # Nothing is prefilled twice: a prompt once a group, but for the token that decoding begins
+    # with, and of each turn its feedback, with such a token before it and without one after.
+    prompts = {t.problem.id: len(t.prompt_tokens) - 1 for t in first}
+    feedback = sum(len(turn.feedback_tokens) for t in first for turn in t.turns)
+    assert stats.prefilled == sum(prompts.values()) + feedback
     assert sum(len(t.turns) for t in first) > 1.3 * len(first)
     parted, tokens = 0, 0
-    for a, b in zip(first, play(dtype, False, 9, 4), strict=True):
+    for a, b in zip(first, play(dtype, False, 9, 4)[0], strict=True):
         one, other = sequence(a), sequence(b)
         same = [x[0] for x in one] == [x[0] for x in other]
         parted += not same
