@@ -3,7 +3,8 @@
 #
 #   bash benchmarks/gpu.sh DATA OUT [PART ...]
 #
-# DATA: a folder with gsm8k/ and svamp/. Parts (default: all): decode, rollout, coldstart.
+# DATA: a folder with gsm8k/ and svamp/. Parts (default: all): attention, decode, rollout,
+# coldstart.
 set -euo pipefail
 DATA="$1" OUT="$2"
 shift 2
@@ -22,6 +23,12 @@ coldstart() {
         --benchmarks=svamp,gsm8k --data="$DATA" --samples=8 --temperature=1.0
 }
 
+# Every way to attend to the cache; model/attention.py names the best for the platform.
+attention() {
+    python -m benchmarks.attention --capacity=2048 | tee -a "$OUT/attention.jsonl"
+    python -m benchmarks.attention --capacity=8192 --layers=8 | tee -a "$OUT/attention.jsonl"
+}
+
 # A decoding step, against the bytes that it has to read.
 decode() {
     step() { python -m benchmarks.decode --dtype=bfloat16 --new=128 "$@" | tee -a "$OUT/decode.jsonl"; }
@@ -37,7 +44,7 @@ rollout() {
         --width=64 --slots=512 --median=100 | tee -a "$OUT/rollout.jsonl"
 }
 
-[ $# -gt 0 ] || set -- decode rollout coldstart
+[ $# -gt 0 ] || set -- attention decode rollout coldstart
 for part; do
     "$part" 2>&1 | tee "$OUT/$part.log"
 done

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu.decode_attention import mqa
 
 MASKED = -1e30  # finite, so that a row of padding has no NaN
 
@@ -47,20 +48,52 @@ def cached_attention(
     values = values.at[rows[:, None], :, positions].set(v.astype(values.dtype), mode="drop")
     seen_k, seen_v = (keys, values) if slots is None else (keys[slots], values[slots])
 
-    # One batch of plain products, [T*g,h] x [h,S] for each row and head: XLA on CPU takes a
-    # third of the time that it takes for the einsum over rows, heads and groups.
+    # Flat: a batch of products [T*g,h] x [h,S], one for each row and head. XLA on CPU takes a
+    # third of the time that it takes for an einsum over rows, heads and groups.
     rows, length, heads = *positions.shape, k.shape[2]
     query = jnp.moveaxis(q.reshape(rows, length, heads, -1, q.shape[-1]), 1, 2)
     query = query.reshape(rows * heads, -1, q.shape[-1]).astype(keys.dtype)
     flat_k, flat_v = (x.reshape(rows * heads, *x.shape[2:]) for x in (seen_k, seen_v))
-    scores = jnp.einsum("bqh,bsh->bqs", query, flat_k, preferred_element_type=jnp.float32)
-    allowed = jnp.arange(keys.shape[2]) <= positions[:, :, None]  # [n,T,S]
-    scores = jnp.where(
-        allowed[:, None, :, None],
-        scores.reshape(rows, heads, length, -1, keys.shape[2]),
-        MASKED,
-    )
-    weights = jax.nn.softmax(scores, axis=-1).reshape(rows * heads, -1, keys.shape[2])
-    out = jnp.einsum("bqs,bsh->bqh", weights.astype(values.dtype), flat_v)
+    groups = query.shape[1] // length
+    counts = jnp.repeat(jnp.repeat(positions + 1, heads, axis=0), groups, axis=1)
+    kernel = FLAT[BEST.get(jax.default_backend(), "xla")] if length == 1 else attend_xla
+    out = kernel(query, flat_k, flat_v, counts)
     out = jnp.moveaxis(out.reshape(rows, heads, length, -1, q.shape[-1]), 1, 2)
     return out.reshape(q.shape).astype(q.dtype), Cache(keys, values, slots)
+
+
+def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, counts: jax.Array) -> jax.Array:
+    """q [N,m,h] to the first counts [N,m] of k and v [N,S,h] -> [N,m,h]."""
+    scores = jnp.einsum("nmh,nsh->nms", q, k, preferred_element_type=jnp.float32)
+    seen = jnp.arange(k.shape[1]) < counts[..., None]
+    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
+    return jnp.einsum("nms,nsh->nmh", weights.astype(v.dtype), v)
+
+
+def attend_triton(
+    q: jax.Array, k: jax.Array, v: jax.Array, counts: jax.Array, interpret: bool = False
+) -> jax.Array:
+    """As `attend_xla` where a row's queries see the same, by JAX's split-k decoding kernel,
+    which reads only what is seen; k is cut into pieces of 64 and up to 8 parallel splits."""
+    splits = next(n for n in (8, 4, 2, 1) if k.shape[1] % (64 * n) == 0)
+    return mqa(
+        q, k, v, None, counts[:, 0], 1.0, block_k=64, k_splits=splits, interpret=interpret
+    )
+
+
+def attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, counts: jax.Array) -> jax.Array:
+    """As `attend_xla` where a row's queries see the same, by cuDNN; bfloat16 only."""
+    return jax.nn.dot_product_attention(
+        q[:, None],
+        k[:, :, None],
+        v[:, :, None],
+        scale=1.0,
+        key_value_seq_lengths=counts[:, 0],
+        implementation="cudnn",
+    )[:, 0]
+
+
+# What attends to the cache when one token is decoded, by platform. `benchmarks.attention`
+# measures them all; a platform that is not here, or has not been measured, takes XLA's.
+FLAT = {"xla": attend_xla, "triton": attend_triton, "cudnn": attend_cudnn}
+BEST = {"cpu": "xla"}
