@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu.decode_attention import mqa
 
 MASKED = -1e30  # finite, so that a row of padding has no NaN
 
@@ -74,7 +73,12 @@ def attend_triton(
     q: jax.Array, k: jax.Array, v: jax.Array, counts: jax.Array, interpret: bool = False
 ) -> jax.Array:
     """As `attend_xla` where a row's queries see the same, by JAX's split-k decoding kernel,
-    which reads only what is seen; k is cut into pieces of 64 and up to 8 parallel splits."""
+    which reads only what is seen; k is cut into pieces of 64 and up to 8 parallel splits.
+
+    JAX 0.12 deprecates the module (its successor is the package tokamax): imported here only.
+    """
+    from jax.experimental.pallas.ops.gpu.decode_attention import mqa
+
     splits = next(n for n in (8, 4, 2, 1) if k.shape[1] % (64 * n) == 0)
     return mqa(
         q, k, v, None, counts[:, 0], 1.0, block_k=64, k_splits=splits, interpret=interpret
