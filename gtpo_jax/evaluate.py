@@ -111,6 +111,11 @@ def rollout_metrics(
         "tool/invalid_rate": share(len(invalid), len(invalid) + len(calls)),
         "verify/timeout_rate": share(verdicts.count("timeout"), len(verdicts)),
         "verify/infra_rate": share(verdicts.count("infra"), len(verdicts)),
+        # Of the slot steps of decoding, those whose token is part of a trajectory.
+        "engine/useful_share": share(
+            sum(t.sampled_length() for t in trajectories), stats.slot_steps
+        ),
+        "engine/prefilled_tokens": stats.prefilled,
         "time/rollout": stats.seconds,
         "time/tools": stats.tool_seconds,
     }

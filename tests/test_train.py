@@ -163,9 +163,11 @@ def test_metrics_have_the_documented_keys(whole):
     names = """reward/mean accuracy/train rollout/tokens_per_s rollout/turns_mean
         rollout/truncated tool/calls_mean tool/error_rate tool/invalid_rate advantage/mean
         advantage/std advantage/zero_share loss/loss loss/entropy loss/grad_norm
-        update/tokens_per_s time/rollout time/tools time/update time/step compile/count"""
+        engine/useful_share engine/prefilled_tokens update/tokens_per_s time/rollout
+        time/tools time/update time/step compile/count"""
     for name in names.split():
         assert name in trains[0], name
+    assert all(0 < line["engine/useful_share"] <= 1 for line in trains)
     assert all("eval/accuracy" in line for line in lines if line["phase"] == "eval")
 
 

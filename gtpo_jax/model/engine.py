@@ -27,18 +27,17 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.model import decode, transformer
+from gtpo_jax.model.caches import Caches, per_layer
 from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.programs import MOVED_TOGETHER, compiled
 from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.transformer import Params
 
 SHORTEST = 256  # tokens of cache that a slot has at the least
 WRITTEN_TOGETHER = 2048  # tokens of one forward pass without logits, at most
-SWAPPED_TOGETHER = 4  # rows
 EARLY = 8  # decode returns when one slot in EARLY has stopped
 
 
@@ -89,9 +88,9 @@ class Engine:
         self._prompts = np.zeros(slots, np.int32)  # lengths
         self._row = list(range(slots))  # of each slot; from `width` on: parked
         self._params: Params | None = None
-        self._batch: decode.Caches | None = None
-        self._parked: decode.Caches | None = None
-        self._refresh = jax.jit(functools.partial(decode.per_layer, config))
+        self._batch: Caches | None = None
+        self._parked: Caches | None = None
+        self._refresh = jax.jit(functools.partial(per_layer, config))
 
     def refresh(self, params: Params) -> None:
         """Take the policy's new weights. Slots in flight keep their caches; start afresh."""
@@ -128,21 +127,12 @@ class Engine:
         for target, prompt, key in zip(targets, prompts, keys, strict=True):
             self._start(target, prompt, key)
         self._hold([])
-        together = self.rows[-1]
         pairs = list(zip(sources, targets, strict=True))
-        while pairs:
-            now = pairs[:1]
-            while len(now) < min(together, len(pairs)):
-                if len({s for pair in (*now, pairs[len(now)]) for s in pair}) > self.width:
-                    break
-                now.append(pairs[len(now)])
-            del pairs[: len(now)]
+        together = min(MOVED_TOGETHER, self.width // 2 or 1)  # so that all have a seat
+        for now in (pairs[i : i + together] for i in range(0, len(pairs), together)):
             self._seat({s for pair in now for s in pair})
-            index = np.full((2, together), ((0,), (self.width,)), np.int32)
-            index[:, : len(now)] = np.array([[self._row[s] for s in pair] for pair in now]).T
-            self._batch = self._program("copy", self.width, self._capacity, together)(
-                self._batch, *index
-            )
+            taken = self._take(self._batch, [self._row[s] for s, _ in now])
+            self._batch = self._put(self._batch, [self._row[t] for _, t in now], taken)
 
     def append(self, slots: Sequence[int], feedback: Sequence[Sequence[int]]) -> None:
         """Add tokens that the policy did not sample; the next decode is a new turn."""
@@ -224,8 +214,6 @@ class Engine:
         batch, parked = self.width, self.slots - self.width
         names: list[tuple] = []
         for place, capacity in enumerate(self.capacities):
-            names += [("copy", batch, capacity, self.rows[-1])]
-            names += [("swap", batch, parked, capacity)] if parked else []
             names += [self._decoding(capacity, width, steps) for width in self.widths]
             names += [
                 ("extend", batch, capacity, n, length)
@@ -234,6 +222,7 @@ class Engine:
                 if n * length <= WRITTEN_TOGETHER or length == self.lengths[0]
             ]
             for held in {batch, parked} - {0}:
+                names += [("take", held, capacity), ("put", held, capacity)]
                 before = self.capacities[place - 1] if place else 0
                 names += [
                     ("grow", held, before, capacity) if place else ("fresh", held, capacity)
@@ -280,14 +269,23 @@ class Engine:
         # Those without tokens go first, then those that have the least to say.
         leaving = sorted(set(inside.values()) - slots, key=lambda s: (len(self.tokens[s]), s))
         pairs = list(zip(leaving, outside, strict=False))
-        for first in range(0, len(pairs), SWAPPED_TOGETHER):
-            now = pairs[first : first + SWAPPED_TOGETHER]
-            mine, theirs = np.full((2, SWAPPED_TOGETHER), self.slots, np.int32)
-            for i, (out, come) in enumerate(now):
-                mine[i], theirs[i] = self._row[out], self._row[come] - self.width
+        for first in range(0, len(pairs), MOVED_TOGETHER):
+            now = pairs[first : first + MOVED_TOGETHER]
+            mine = [self._row[out] for out, _ in now]
+            theirs = [self._row[come] - self.width for _, come in now]
+            going = self._take(self._batch, mine)
+            self._batch = self._put(self._batch, mine, self._take(self._parked, theirs))
+            self._parked = self._put(self._parked, theirs, going)
+            for out, come in now:
                 self._row[out], self._row[come] = self._row[come], self._row[out]
-            swap = self._program("swap", self.width, self.slots - self.width, self._capacity)
-            self._batch, self._parked = swap(self._batch, self._parked, mine, theirs)
+
+    def _take(self, cache: Caches, rows: Sequence[int]) -> Caches:
+        held = cache[0][0].shape[0]
+        return self._program("take", held, self._capacity)(cache, _padded(rows, held))
+
+    def _put(self, cache: Caches, rows: Sequence[int], taken: Caches) -> Caches:
+        held = cache[0][0].shape[0]
+        return self._program("put", held, self._capacity)(cache, _padded(rows, held), taken)
 
     def _extend(self, slots: Sequence[int], starts: Sequence[int]) -> None:
         """Write the cache from position starts[i] up to all but the last token of slots[i]."""
@@ -322,57 +320,12 @@ class Engine:
         return ("decode", self.width, capacity, width, steps, self._stops, self._how)
 
     def _program(self, *name) -> Callable:
-        return _compiled(self.config, self._dtype, *name)
+        return compiled(self.config, self._dtype, *name)
 
 
-@functools.cache
-def _compiled(config: ModelConfig, dtype: str, name: str, *shape) -> Callable:
-    """The program of this name for these shapes, of which engines alike share one."""
-
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
-
-    def caches(rows, capacity):
-        return jax.eval_shape(lambda: decode.fresh(config, dtype, rows, capacity))
-
-    def weights():
-        return jax.eval_shape(lambda: decode.per_layer(config, transformer.init(config, 0)))
-
-    match name, *shape:
-        case "fresh", rows, capacity:
-            made = jax.jit(lambda: decode.fresh(config, dtype, rows, capacity))
-            shapes = ()
-        case "grow", rows, before, after:
-            made = jax.jit(functools.partial(decode.grow, after))
-            shapes = (caches(rows, before),)
-        case "copy", rows, capacity, count:
-            made = jax.jit(decode.copy_rows, donate_argnums=0)
-            shapes = (caches(rows, capacity), ints(count), ints(count))
-        case "swap", rows, parked, capacity:
-            made = jax.jit(decode.swap_rows, donate_argnums=(0, 1))
-            index = ints(SWAPPED_TOGETHER)
-            shapes = (caches(rows, capacity), caches(parked, capacity), index, index)
-        case "extend", rows, capacity, count, length:
-            made = jax.jit(functools.partial(decode.extend, config), donate_argnums=1)
-            tokens = ints(count, length)
-            shapes = (weights(), caches(rows, capacity), tokens, tokens, ints(count))
-        case "decode", rows, capacity, width, steps, stops, how:
-            made = functools.partial(decode.decode, config, stops, how, steps)
-            made = jax.jit(made, donate_argnums=1)
-            keys = jax.ShapeDtypeStruct((width, 2), jnp.uint32)
-            each = ints(width)
-            shapes = (
-                weights(),
-                caches(rows, capacity),
-                each,
-                each,
-                each,
-                each,
-                keys,
-                each,
-                ints(),
-            )
-    return made.lower(*shapes).compile()
+def _padded(rows: Sequence[int], nowhere: int) -> np.ndarray:
+    """MOVED_TOGETHER row numbers, of which the last are read as any and written nowhere."""
+    return np.array([*rows, *[nowhere] * (MOVED_TOGETHER - len(rows))], np.int32)
 
 
 def pieces(count: int, sizes: Sequence[int]) -> list[int]:

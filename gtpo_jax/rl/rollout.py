@@ -63,7 +63,7 @@ class RolloutConfig:
 @dataclasses.dataclass
 class RolloutStats:
     """What a rollout cost. Seconds of tools are those the engine spent waiting; slot steps
-    are those of all slots, whether or not they did something."""
+    are decoding steps times the slots in the batch, whether or not they did something."""
 
     seconds: float = 0.0
     tool_seconds: float = 0.0

@@ -31,16 +31,18 @@ def grow(capacity: int, caches: Caches) -> Caches:
     return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), caches)
 
 
-def copy_rows(caches: Caches, sources: jax.Array, targets: jax.Array) -> Caches:
-    """In place, row targets[i] := row sources[i]. A target is never also a source."""
-    return jax.tree.map(lambda x: x.at[targets].set(x[sources], mode="drop"), caches)
+# To copy or swap rows takes both of these, one after the other: in one program XLA on CPU would
+# copy the whole cache first, and not only the rows.
 
 
-def swap_rows(one: Caches, other: Caches, mine: jax.Array, theirs: jax.Array) -> tuple:
-    """In place, row mine[i] of `one` against row theirs[i] of `other`."""
-    news = jax.tree.map(lambda x, y: x.at[mine].set(y[theirs], mode="drop"), one, other)
-    olds = jax.tree.map(lambda x, y: y.at[theirs].set(x[mine], mode="drop"), one, other)
-    return news, olds
+def take_rows(caches: Caches, rows: jax.Array) -> Caches:
+    """A copy of these rows."""
+    return jax.tree.map(lambda x: x.at[rows].get(mode="clip"), caches)
+
+
+def put_rows(caches: Caches, rows: jax.Array, taken: Caches) -> Caches:
+    """In place, row rows[i] := row i of `taken`."""
+    return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), caches, taken)
 
 
 def per_layer(config: ModelConfig, params: Params) -> Params:
@@ -90,7 +92,7 @@ def decode(
     # All rows: in place. Fewer: out of the caches, and back when done.
     narrow = len(rows) < caches[0][0].shape[0]
     if narrow:
-        held, caches = caches, jax.tree.map(lambda x: x.at[rows].get(mode="clip"), caches)
+        held, caches = caches, take_rows(caches, rows)
     turn_keys = sampling.fold(jax.random.wrap_key_data(keys), turns)
     stopping = jnp.zeros(config.vocab_size, bool).at[jnp.array(stops, int)].set(True)
     left = jnp.sum(room > 0) - enough
@@ -137,7 +139,7 @@ def decode(
     state = jax.lax.while_loop(going, step, state)
     caches = state["caches"]
     if narrow:
-        caches = jax.tree.map(lambda x, new: x.at[rows].set(new, mode="drop"), held, caches)
+        caches = put_rows(held, rows, caches)
     return caches, {name: state[name] for name in ("counts", "tokens", "logprobs", "step")}
 
 
