@@ -265,9 +265,9 @@ class Engine:
     def _seat(self, slots: set[int]) -> None:
         """Bring `slots`, at most `width`, into the batch; others make room."""
         outside = sorted(s for s in slots if self._row[s] >= self.width)
-        inside = {row: s for s, row in enumerate(self._row) if row < self.width}
+        inside = {s for s, row in enumerate(self._row) if row < self.width}
         # Those without tokens go first, then those that have the least to say.
-        leaving = sorted(set(inside.values()) - slots, key=lambda s: (len(self.tokens[s]), s))
+        leaving = sorted(inside - slots, key=lambda s: (len(self.tokens[s]), s))
         pairs = list(zip(leaving, outside, strict=False))
         for first in range(0, len(pairs), MOVED_TOGETHER):
             now = pairs[first : first + MOVED_TOGETHER]
