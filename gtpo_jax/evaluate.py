@@ -220,6 +220,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     """Note the settings in the folder; refuse one whose evaluation has other settings."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "settings.json"
+    settings = json.loads(json.dumps(settings))  # as they are read back: no tuples
     if path.exists():
         before = json.loads(path.read_text())
         for name in settings.keys() | before.keys():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gtpo_jax import evaluate
+from gtpo_jax.config import default
 from gtpo_jax.errors import InputError
 from gtpo_jax.rl import record
 from gtpo_jax.rl.rollout import RolloutStats
@@ -138,10 +139,11 @@ def test_trajectories_of_other_problems_are_refused(tmp_path):
 
 
 def test_a_folder_holds_one_evaluation(tmp_path):
-    evaluate.claim(tmp_path, {"samples": 2, "seed": 0})
-    evaluate.claim(tmp_path, {"samples": 2, "seed": 0})
+    settings = {"samples": 2, "rollout": default().rollout.to_dict()}
+    evaluate.claim(tmp_path, settings)
+    evaluate.claim(tmp_path, settings)  # as a killed evaluation does that goes on
     with pytest.raises(InputError, match="holds an evaluation with samples=2, not 4"):
-        evaluate.claim(tmp_path, {"samples": 4, "seed": 0})
+        evaluate.claim(tmp_path, settings | {"samples": 4})
 
 
 @pytest.mark.parametrize(
