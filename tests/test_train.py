@@ -210,7 +210,7 @@ def test_losses_can_be_recomputed_from_disk_without_a_model(whole):
 def test_nothing_compiles_after_warm_up(whole):
     counts = [m["compile/count"] for m in metrics.read(whole) if m["phase"] == "train"]
     assert counts[0] > 0
-    assert counts[-1] == 0
+    assert not any(counts[2:])  # of step 1, it is what the first record on disk needs
 
 
 def test_a_run_can_start_from_another(whole, tmp_path):
