@@ -188,15 +188,13 @@ def engine(config: ConfigDict, made: Policy, how: Sampling | None = None) -> Eng
 
 
 def slots_that_fit(model: ModelConfig, length: int, dtype: str, free: int) -> int:
-    """How many slots of `length` tokens `free` bytes hold, with half as much again to work."""
-    token = (
-        2
-        * model.layers
-        * model.kv_heads
-        * model.head_dim
-        * jnp.dtype(dtype or model.dtype).itemsize
-    )
-    return int(free / (1.5 * token * length))
+    """How many slots of `length` tokens `free` bytes hold, beside the engine's own copy of the
+    weights and with half as much again to work."""
+    shapes = jax.eval_shape(lambda: transformer.init(model, 0))
+    weights = sum(x.size for x in jax.tree.leaves(shapes)) * jnp.dtype(model.dtype).itemsize
+    size = jnp.dtype(dtype or model.dtype).itemsize
+    token = 2 * model.layers * model.kv_heads * model.head_dim * size
+    return max(0, int((free - weights) / (1.5 * token * length)))
 
 
 def free_bytes() -> int:

@@ -70,9 +70,6 @@ def run(
         # ---- model -------------------------------------------------------------------------
         policy = build.policy(config, workdir)
         build.check_prompts(config, policy, problems + held_out)
-        engine = build.engine(config, policy)
-        print(engine.warm_up(config.rollout.chunk))
-        sample = build.sampler(config, policy, engine, judges, get_task(config.task.name))
         optimizer = make_optimizer(
             steps=config.steps * config.learn.epochs * config.learn.minibatches,
             **config.optim,
@@ -90,6 +87,9 @@ def run(
         state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
         wants_reference = config.loss.options.get("kl_coef", 0.0) > 0
         reference = jax.tree.map(jnp.array, params) if wants_reference else None
+        engine = build.engine(config, policy)
+        print(engine.warm_up(config.rollout.chunk))
+        sample = build.sampler(config, policy, engine, judges, get_task(config.task.name))
 
         # ---- restore -----------------------------------------------------------------------
         checkpoints = stack.enter_context(Checkpoints(workdir, config.keep_checkpoints))
