@@ -24,6 +24,7 @@ import numpy as np
 
 from gtpo_jax.errors import InputError, run_command
 from gtpo_jax.model import sampling, transformer, weights
+from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
 
@@ -60,7 +61,7 @@ def least_bytes(config: ModelConfig, params, slots: int, length: float) -> float
 def ours(config, params, slots: int, context: int, prompts: np.ndarray, new: int) -> Callable:
     """A function that generates, and gives seconds of prefill and of decoding."""
     engine = Engine(config, slots, context, stop_ids=())
-    engine.refresh(params)
+    engine.refresh(per_layer(config, params))
     keys = np.asarray(
         sampling.trajectory_keys(
             0, 0, np.arange(slots, dtype=np.uint32), np.zeros(slots, np.uint32)

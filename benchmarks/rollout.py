@@ -25,6 +25,7 @@ import numpy as np
 
 from benchmarks.decode import load
 from gtpo_jax.errors import run_command
+from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.engine import Engine
 from gtpo_jax.rl.rollout import RolloutConfig, rollout
 from gtpo_jax.tasks.types import Judges, Problem, Task, Verdict
@@ -204,7 +205,7 @@ def main() -> None:
     )
     config, params = load(options.model, options.dtype)
     engine = Scripted(config, options.slots, PROMPT + longest + 1, (), width=options.width)
-    engine.refresh(params)
+    engine.refresh(per_layer(config, params))
     print(engine.warm_up(options.chunk), flush=True)
     problems = [
         Problem(str(i), "script", ({"role": "user", "content": str(i)},), "1")

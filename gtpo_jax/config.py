@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
 from gtpo_jax.errors import InputError
+from gtpo_jax.model.config import MATRICES
 from gtpo_jax.rl.advantages import ADVANTAGES
 from gtpo_jax.rl.losses import LOSSES
 
@@ -28,7 +29,7 @@ def default() -> ConfigDict:
             "steps": 100,
             "eval_every": 20,
             "checkpoint_every": 20,
-            "keep_checkpoints": 2,
+            "keep_checkpoints": 2,  # the newest, and the one with the best evaluation
             "trajectories_every": 10,  # write every trajectory of each such step
             "task": {
                 "name": "arithmetic",
@@ -56,6 +57,8 @@ def default() -> ConfigDict:
                 "dtype": "float32",
                 "param_dtype": "float32",
                 "unroll": 1,
+                "remat": "none",  # what the backward pass computes again: none, matmuls, full
+                "lora": {"rank": 0, "alpha": 32.0, "targets": MATRICES},  # 0: all is trained
             },
             "rollout": {
                 "problems": 16,  # a step
@@ -71,7 +74,7 @@ def default() -> ConfigDict:
                 "deterministic": placeholder(bool),  # None: on a CPU
                 "stops": (),  # texts that end a turn, besides end tokens and calls
                 "chunk": 16,
-                "slots": 128,  # trajectories held at a time; 0: as many as memory holds
+                "slots": 128,  # trajectories an engine holds; 0: as many as memory holds
                 "width": 0,  # of which so many decode while others wait; 0: all
                 "cache_dtype": "",  # empty: the model's
                 "resample_rounds": 0,  # DAPO: draw again for groups without reward spread
@@ -115,8 +118,10 @@ def default() -> ConfigDict:
                 "minibatches": 1,
                 "epochs": 1,
                 "row_tokens": 1024,
-                "micro_rows": 8,
-                "logprob_chunk": 1024,
+                "packed": True,  # several trajectories a row; False: one
+                "micro_rows": 8,  # at a time, on all devices together
+                "logprob_chunk": 1024,  # tokens whose logits a device holds at a time
+                "max_skipped": 5,  # updates in a row that are not finite, before a run stops
             },
             "optim": {
                 "name": "adamw",
@@ -128,6 +133,7 @@ def default() -> ConfigDict:
                 "b1": 0.9,
                 "b2": 0.95,
                 "max_grad_norm": 1.0,
+                "state_dtype": "float32",  # of the first moment; or bfloat16
             },
             "sft": {
                 "path": "",  # a file of traces (docs/traces.md); empty: the embedded task's
@@ -148,7 +154,15 @@ def default() -> ConfigDict:
                 "warmup": 20,
                 "schedule": "constant",
             },
-            "parallel": {"mapping": "mesh", "devices": 0},
+            "parallel": {
+                "mapping": "mesh",  # or pmap
+                "devices": 0,  # 0: all
+                "fsdp": 1,  # over so many of them weights are split
+                "tensor": 1,  # and over so many heads are; the rest share the rows alone
+                "coordinator": "",  # several hosts: "auto", or HOST:PORT of process 0
+                "processes": 1,
+                "process": 0,
+            },
         }
     )
 
@@ -253,6 +267,9 @@ def validate(config: ConfigDict) -> None:
         ("learn.minibatches", learn.minibatches),
         ("learn.epochs", learn.epochs),
         ("learn.micro_rows", learn.micro_rows),
+        ("learn.max_skipped", learn.max_skipped),
+        ("parallel.fsdp", config.parallel.fsdp),
+        ("parallel.tensor", config.parallel.tensor),
         ("eval_every", config.eval_every),
         ("checkpoint_every", config.checkpoint_every),
         ("trajectories_every", config.trajectories_every),

@@ -36,10 +36,11 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.table import Table
 
-from gtpo_jax import build
+from gtpo_jax import build, parallel
 from gtpo_jax.checkpoint import newest_step
 from gtpo_jax.config import parse_command, validate
 from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.generation import Generation, sampler
 from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.rl import record
 from gtpo_jax.rl.rollout import RolloutStats, Sampler
@@ -249,12 +250,15 @@ def run(config: ConfigDict, policy: build.Policy, judges: Judges, out: Path, opt
     for name, c in chosen.items():
         build.check_prompts(c, policy, problems[name])
     results: dict[str, dict[str, Any]] = {name: {} for name in names}
+    p = config.parallel
+    devices = parallel.make(p.mapping, p.devices, p.fsdp, p.tensor)
     for mode, (how, samples) in modes.items():
-        engine = build.engine(config, policy, how)
-        engine.refresh(policy.params)
+        generation = Generation(config, policy, devices, how)
+        generation.refresh(devices.place(policy.params))
         for name, c in chosen.items():
-            sample = build.sampler(c, policy, engine, judges, get_task(name))
-            block = max(1, 2 * engine.slots // samples)
+            sample = sampler(c, policy, generation, judges, get_task(name))
+            slots = sum(engine.slots for engine in generation.engines)
+            block = max(1, 2 * slots // samples)
             path = out / f"{name}.{mode}.jsonl"
             trajectories = trajectories_of(
                 path, sample, problems[name], samples, block, policy.tokenizer

@@ -35,9 +35,12 @@ CONSOLE = {  # key -> (label, format), in the order they are printed
 
 
 class MetricsLog:
-    """Appends to RUN/metrics.jsonl and prints."""
+    """Appends to RUN/metrics.jsonl and prints; not `active` on hosts that keep silent."""
 
-    def __init__(self, workdir: Path, from_step: int) -> None:
+    def __init__(self, workdir: Path, from_step: int, active: bool = True) -> None:
+        self._active = active
+        if not active:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         self._path = workdir / "metrics.jsonl"
         drop_from_step(self._path, from_step)
@@ -46,6 +49,8 @@ class MetricsLog:
 
     def write(self, step: int, phase: str, values: Mapping[str, Any], of: int = 0) -> None:
         """Log one line; `of` is the last step, for the console."""
+        if not self._active:
+            return
         line = {"step": step, "phase": phase, "time": time.time()}
         line |= {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
@@ -61,7 +66,8 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close the file."""
-        self._file.close()
+        if self._active:
+            self._file.close()
 
 
 class CompileCounter:

@@ -25,13 +25,15 @@ from gtpo_jax.checkpoint import Checkpoints
 from gtpo_jax.config import parse_command
 from gtpo_jax.errors import InputError, run_command
 from gtpo_jax.evaluate import evaluate
+from gtpo_jax.generation import Generation, sampler
 from gtpo_jax.metrics import MetricsLog
+from gtpo_jax.model import lora
 from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.rl.losses import LossInputs
 from gtpo_jax.rl.packing import Segment, loss_index, pack_segments
 from gtpo_jax.rl.rollout import feedback_tokens, prompt_tokens
 from gtpo_jax.rl.types import Batch
-from gtpo_jax.rl.update import TrainState, make_optimizer
+from gtpo_jax.rl.update import TrainState, make_optimizer, start
 from gtpo_jax.rl.update import build as build_update
 from gtpo_jax.tasks import get_task
 from gtpo_jax.tasks.types import Trace
@@ -51,7 +53,7 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
     with contextlib.ExitStack() as stack:  # closed in any case: a save under way is finished
         judges = stack.enter_context(build.judges(config))
         # ---- setup -------------------------------------------------------------------------
-        devices = parallel.make(config.parallel.mapping, config.parallel.devices)
+        devices = stack.enter_context(build.devices(config))
         policy = build.policy(config, workdir)
         traces, held_out = build.traces(config, policy.tokenizer)
         make = segment_maker(
@@ -82,26 +84,28 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
             sft.micro_rows,
             chunk=config.learn.logprob_chunk,
         )
-        params = devices.replicate(policy.params)
-        state = TrainState(params, optimizer.init(params), devices.replicate(np.int32(0)))
+        state = start(policy.config, policy.params, optimizer, devices)
+        checks = update.rows(check)
 
         # ---- restore -----------------------------------------------------------------------
         checkpoints = stack.enter_context(Checkpoints(workdir, keep=1))
         cursor = {"step": 0, "consumed": 0, "seed": config.seed, "done": False}
         if checkpoints.latest() is not None:
             state, cursor = checkpoints.restore(state, config.seed)
-            print(f"resuming {workdir} after step {cursor['step']}")
-        log = MetricsLog(workdir, cursor["step"] + 1)
+            if parallel.speaks():
+                print(f"resuming {workdir} after step {cursor['step']}")
+        log = MetricsLog(workdir, cursor["step"] + 1, parallel.speaks())
 
         # ---- loop --------------------------------------------------------------------------
         started = time.perf_counter()
         for batch in walk(rows, sft.rows, cursor["step"], steps, config.seed):
             if cursor["done"]:
                 break
-            state, metrics = update.step(state, batch)
+            state, metrics = update.step(state, update.rows(batch))
             step, done = cursor["step"] + 1, cursor["step"] + 1 == steps
             if step == 1 or step % sft.check_every == 0 or done:
-                scores = update.score(state.params, check)
+                scores = update.score(state.params, state.frozen, checks)
+                scores = np.concatenate([devices.fetch(part) for part in scores])
                 accuracy = float((scores > np.log(0.5))[numbers].mean()) if numbers.any() else 0
                 metrics = jax.device_get(metrics)
                 log.write(
@@ -122,9 +126,9 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
                 checkpoints.save(step, state, cursor)
 
         # ---- evaluate ----------------------------------------------------------------------
-        engine = build.engine(config, policy)
-        engine.refresh(devices.local(state.params))
-        sample = build.sampler(config, policy, engine, judges, get_task(config.task.name))
+        generation = Generation(config, policy, devices)
+        generation.refresh(lora.join(state.params, state.frozen))
+        sample = sampler(config, policy, generation, judges, get_task(config.task.name))
         problems = build.problems(config, config.task.eval_split)
         measured, _ = evaluate(sample, problems, config.task.eval_samples)
         log.write(cursor["step"], "eval", measured)

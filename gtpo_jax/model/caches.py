@@ -5,6 +5,7 @@ number beyond the last is padding: it is read as any row and written nowhere. Le
 decoded together, n rows and T tokens written together.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -15,6 +16,7 @@ from gtpo_jax.model.attention import Cache
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.transformer import Block, Params, head, norm
+from gtpo_jax.parallel import Layout
 
 Caches = list[tuple[jax.Array, jax.Array]]
 
@@ -45,6 +47,7 @@ def put_rows(caches: Caches, rows: jax.Array, taken: Caches) -> Caches:
     return jax.tree.map(lambda x, y: x.at[rows].set(y, mode="drop"), caches, taken)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def per_layer(config: ModelConfig, params: Params) -> Params:
     """Stacked training weights -> one tree a layer, matrices in the compute dtype."""
     # Slicing the stack in every decode step would cost as much as reading it.
@@ -58,6 +61,7 @@ def per_layer(config: ModelConfig, params: Params) -> Params:
 
 def extend(
     config: ModelConfig,
+    layout: Layout,
     params: Params,
     caches: Caches,
     tokens: jax.Array,
@@ -65,11 +69,12 @@ def extend(
     rows: jax.Array,
 ) -> Caches:
     """Write tokens [n,T] at positions [n,T] of rows [n]; positions past the end are padding."""
-    return _forward(config, params, tokens, positions, caches, rows)[1]
+    return _forward(config, layout, params, tokens, positions, caches, rows)[1]
 
 
 def decode(
     config: ModelConfig,
+    layout: Layout,
     stops: tuple[int, ...],
     how: Sampling,
     steps: int,
@@ -105,6 +110,7 @@ def decode(
         # will be written when it goes on: harmless, and the shape stays the same.
         hidden, caches = _forward(
             config,
+            layout,
             params,
             state["pending"][:, None],
             state["lengths"][:, None],
@@ -143,11 +149,11 @@ def decode(
     return caches, {name: state[name] for name in ("counts", "tokens", "logprobs", "step")}
 
 
-def _forward(config, params, tokens, positions, caches, rows=None):
+def _forward(config, layout, params, tokens, positions, caches, rows=None):
     """tokens, positions [n,T] -> hidden [n,T,D] and the caches with these tokens in them."""
     x = params["embed"][tokens]
     # Jitted by itself, a layer is traced once and not as often as there are layers.
-    block = jax.jit(lambda p, x, at, cache: Block(config).apply(p, x, at, cache=cache))
+    block = jax.jit(lambda p, x, at, cache: Block(config, layout).apply(p, x, at, cache=cache))
     out = []
     for layer, (keys, values) in zip(params["layers"], caches, strict=True):
         x, cache = block({"params": layer}, x, positions, Cache(keys, values, rows))

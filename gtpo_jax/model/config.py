@@ -4,6 +4,11 @@ import dataclasses
 
 from gtpo_jax.errors import InputError
 
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
+# Name -> what the forward pass of a layer keeps for the backward pass besides its input; the
+# rest is computed again. "none" keeps all and is fastest, "full" keeps least.
+REMAT = ("none", "matmuls", "full")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -14,6 +19,10 @@ class ModelConfig:
     matrix products run in; parameters are kept in `param_dtype`, norms, softmax and
     logprobs are always computed in float32. `unroll` layers are laid out in one iteration of
     the training scan: all of them is fastest for a small model, one compiles fastest.
+
+    `remat` is what the backward pass computes again, by name (REMAT); `lora_rank` > 0 trains
+    adapters of that rank on the matrices `lora_targets`, and nothing else (model.lora).
+    `one_segment`: a row of training holds one trajectory, not several packed ones.
     """
 
     vocab_size: int
@@ -32,6 +41,11 @@ class ModelConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     unroll: int = 1
+    remat: str = "none"
+    one_segment: bool = False
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_targets: tuple[str, ...] = MATRICES
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -45,3 +59,11 @@ class ModelConfig:
                 raise InputError(
                     f"model.{field}={getattr(self, field)!r}: one of 'float32', 'bfloat16'"
                 )
+        if self.remat not in REMAT:
+            raise InputError(f"model.remat={self.remat!r}: one of {', '.join(REMAT)}")
+        if self.lora_rank < 0:
+            raise InputError(f"model.lora.rank={self.lora_rank} must be at least 0 (0: none)")
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # from JSON: a list
+        for name in self.lora_targets:
+            if name not in MATRICES:
+                raise InputError(f"model.lora.targets: {name!r}: one of {', '.join(MATRICES)}")

@@ -20,7 +20,6 @@ narrower batch. So a trajectory's numbers depend on who shares the batch with it
 bits at most.
 """
 
-import functools
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -28,13 +27,15 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.model.caches import Caches, per_layer
+from gtpo_jax.model.caches import Caches
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.programs import MOVED_TOGETHER, compiled
 from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.transformer import Params
+from gtpo_jax.parallel import engine_mesh
 
 SHORTEST = 256  # tokens of cache that a slot has at the least
 WRITTEN_TOGETHER = 2048  # tokens of one forward pass without logits, at most
@@ -46,7 +47,7 @@ class Engine:
 
     stop_ids: where a slot stops and the host looks at what it says. width 0: all slots.
     rows, lengths: the shapes in which prompts and feedback are written, rising. cache_dtype:
-    empty for the model's.
+    empty for the model's. mesh: the devices it works on (None: the first), heads over `tensor`.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Engine:
         rows: Sequence[int] = (1, 4, 16),
         lengths: Sequence[int] = (32, 128, 512),
         cache_dtype: str = "",
+        mesh: Mesh | None = None,
     ) -> None:
         if max_length > config.max_length:
             raise InputError(
@@ -83,6 +85,7 @@ class Engine:
         self._stops = tuple(int(i) for i in stop_ids)
         self._how = how or Sampling()
         self._dtype = cache_dtype or config.dtype
+        self._mesh = mesh or engine_mesh(jax.local_devices()[:1])
         self._keys = np.zeros((slots, 2), np.uint32)
         self._turns = np.zeros(slots, np.int32)
         self._prompts = np.zeros(slots, np.int32)  # lengths
@@ -90,11 +93,11 @@ class Engine:
         self._params: Params | None = None
         self._batch: Caches | None = None
         self._parked: Caches | None = None
-        self._refresh = jax.jit(functools.partial(per_layer, config))
 
-    def refresh(self, params: Params) -> None:
-        """Take the policy's new weights. Slots in flight keep their caches; start afresh."""
-        self._params = self._refresh(params)
+    def refresh(self, weights: Params) -> None:
+        """Take the policy's new weights, as `caches.per_layer` gives them. Slots in flight keep
+        their caches; start afresh."""
+        self._params = weights
 
     def reset(self) -> None:
         """Forget all slots and give the memory of their caches back."""
@@ -290,7 +293,7 @@ class Engine:
     def _extend(self, slots: Sequence[int], starts: Sequence[int]) -> None:
         """Write the cache from position starts[i] up to all but the last token of slots[i]."""
         if self._params is None:
-            raise ValueError("Engine.refresh(params) comes before the first prefill")
+            raise ValueError("Engine.refresh(weights) comes before the first prefill")
         self._hold([])
         news = {s: self.tokens[s][a:-1] for s, a in zip(slots, starts, strict=True)}
         at = dict(zip(slots, starts, strict=True))
@@ -320,7 +323,7 @@ class Engine:
         return ("decode", self.width, capacity, width, steps, self._stops, self._how)
 
     def _program(self, *name) -> Callable:
-        return compiled(self.config, self._dtype, *name)
+        return compiled(self.config, self._dtype, self._mesh, *name)
 
 
 def _padded(rows: Sequence[int], nowhere: int) -> np.ndarray:

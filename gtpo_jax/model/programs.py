@@ -5,62 +5,64 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gtpo_jax.model import caches, transformer
 from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.parallel import Layout, sharding
 
 MOVED_TOGETHER = 4  # rows
 
 
 @functools.cache
-def compiled(config: ModelConfig, dtype: str, name: str, *shape) -> Callable:
+def compiled(config: ModelConfig, dtype: str, mesh: Mesh, name: str, *shape) -> Callable:
     """The program of this name for these shapes; engines that are alike share it.
 
     fresh rows capacity | grow rows before after | take, put rows capacity | extend rows
-    capacity n T | decode rows capacity W steps stops how, as `model.caches` has them.
+    capacity n T | decode rows capacity W steps stops how, as `model.caches` has them. Weights
+    and caches lie on `mesh` by heads, all else is on each of its devices.
     """
+    layout = Layout(mesh if mesh.size > 1 else None)
+    copied, by_heads = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "tensor"))
 
-    def ints(*shape):
-        return jax.ShapeDtypeStruct(shape, jnp.int32)
+    def ints(*shape, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=copied)
 
     def empty(rows, capacity):
-        return jax.eval_shape(lambda: caches.fresh(config, dtype, rows, capacity))
+        made = jax.eval_shape(lambda: caches.fresh(config, dtype, rows, capacity))
+        return jax.tree.map(lambda x: x.update(sharding=by_heads), made)
 
     def weights():
-        return jax.eval_shape(lambda: caches.per_layer(config, transformer.init(config, 0)))
+        made = jax.eval_shape(lambda: caches.per_layer(config, transformer.init(config, 0)))
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x.update(sharding=sharding(mesh, path, x.shape)), made
+        )
 
+    outs = by_heads
     match name, *shape:
         case "fresh", rows, capacity:
-            made = jax.jit(lambda: caches.fresh(config, dtype, rows, capacity))
-            shapes = ()
+            made = functools.partial(caches.fresh, config, dtype, rows, capacity)
+            donated, shapes = (), ()
         case "grow", rows, before, after:
-            made = jax.jit(functools.partial(caches.grow, after))
-            shapes = (empty(rows, before),)
+            made = functools.partial(caches.grow, after)
+            donated, shapes = (), (empty(rows, before),)
         case "take", rows, capacity:
-            made = jax.jit(caches.take_rows)
-            shapes = (empty(rows, capacity), ints(MOVED_TOGETHER))
+            made = caches.take_rows
+            donated, shapes = (), (empty(rows, capacity), ints(MOVED_TOGETHER))
         case "put", rows, capacity:
-            made = jax.jit(caches.put_rows, donate_argnums=0)
+            made = caches.put_rows
             taken = empty(MOVED_TOGETHER, capacity)
-            shapes = (empty(rows, capacity), ints(MOVED_TOGETHER), taken)
+            donated, shapes = 0, (empty(rows, capacity), ints(MOVED_TOGETHER), taken)
         case "extend", rows, capacity, count, length:
-            made = jax.jit(functools.partial(caches.extend, config), donate_argnums=1)
+            made = functools.partial(caches.extend, config, layout)
             tokens = ints(count, length)
             shapes = (weights(), empty(rows, capacity), tokens, tokens, ints(count))
+            donated = 1
         case "decode", rows, capacity, width, steps, stops, how:
-            made = functools.partial(caches.decode, config, stops, how, steps)
-            made = jax.jit(made, donate_argnums=1)
-            keys = jax.ShapeDtypeStruct((width, 2), jnp.uint32)
-            each = ints(width)
-            shapes = (
-                weights(),
-                empty(rows, capacity),
-                each,
-                each,
-                each,
-                each,
-                keys,
-                each,
-                ints(),
-            )
-    return made.lower(*shapes).compile()
+            made = functools.partial(caches.decode, config, layout, stops, how, steps)
+            keys, each = ints(width, 2, dtype=jnp.uint32), ints(width)
+            shapes = (weights(), empty(rows, capacity), *[each] * 4, keys, each, ints())
+            donated, outs = 1, (by_heads, copied)
+    program = jax.jit(made, donate_argnums=donated, out_shardings=outs)
+    return program.lower(*shapes).compile()

@@ -13,8 +13,11 @@ import jax.numpy as jnp
 
 from gtpo_jax.model.attention import Cache, cached_attention, packed_attention
 from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.lora import Adapted
+from gtpo_jax.parallel import Layout
 
 Params = dict[str, Any]
+ONE_DEVICE = Layout()
 
 
 def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
@@ -41,6 +44,7 @@ class Block(nn.Module):
     """One layer: attention and SwiGLU, each after an RMSNorm, each added to the residual."""
 
     config: ModelConfig
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -58,14 +62,12 @@ class Block(nn.Module):
         c = self.config
         rows, length, width = x.shape
 
-        def dense(features: int, name: str, bias: bool = False) -> nn.Dense:
-            return nn.Dense(
-                features,
-                use_bias=bias,
-                dtype=jnp.dtype(c.dtype),
-                param_dtype=jnp.dtype(c.param_dtype),
-                name=name,
-            )
+        def dense(features: int, name: str, bias: bool = False) -> nn.Module:
+            dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
+            if c.lora_rank and name in c.lora_targets:
+                adapter = (c.lora_rank, c.lora_alpha)
+                return Adapted(features, bias, *adapter, **dtypes, name=name)
+            return nn.Dense(features, use_bias=bias, **dtypes, name=name)
 
         # [B*T, D]: XLA on CPU multiplies flat matrices faster than batched ones.
         flat = x.reshape(rows * length, width)
@@ -81,21 +83,25 @@ class Block(nn.Module):
         q = rope(q, positions, c.rope_theta) * c.head_dim**-0.5
         k = rope(k, positions, c.rope_theta)
         if cache is None:
-            attended = packed_attention(q, k, v, segment_ids)
+            attend = self.layout.by_rows_and_heads(packed_attention)
+            attended = attend(q, k, v, segment_ids)
         else:
-            attended, cache = cached_attention(q, k, v, positions, cache)
+            attend = self.layout.by_heads(cached_attention)
+            attended, cache = attend(q, k, v, positions, cache)
         flat = flat + dense(width, "o")(attended.reshape(rows * length, -1))
 
         normed = norm(c, "mlp_norm")(flat)
         gated = nn.silu(dense(c.hidden, "gate")(normed)) * dense(c.hidden, "up")(normed)
         flat = flat + dense(width, "down")(gated)
-        return flat.reshape(x.shape), cache
+        x = flat.reshape(x.shape)
+        return x if cache is not None else self.layout.between_layers(x), cache
 
 
 class Transformer(nn.Module):
     """Embedding, stacked layers, final norm; the head is applied by `logits` and `logprobs`."""
 
     config: ModelConfig
+    layout: Layout = ONE_DEVICE
 
     @nn.compact
     def __call__(
@@ -107,22 +113,27 @@ class Transformer(nn.Module):
         embed = self.param("embed", nn.initializers.normal(0.02), shape, dtype)
         if not c.tie_embeddings:
             self.param("head", nn.initializers.normal(c.width**-0.5), shape[::-1], dtype)
+        block = Block
+        if c.remat != "none":
+            policy = {"full": None, "matmuls": jax.checkpoint_policies.dots_saveable}[c.remat]
+            block = nn.remat(Block, policy=policy, prevent_cse=c.unroll > 1)
         layers = nn.scan(
-            Block,
+            block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(nn.broadcast, nn.broadcast),
             length=c.layers,
             unroll=c.unroll,
-        )(c, name="layers")
-        x, _ = layers(embed[tokens].astype(c.dtype), positions, segment_ids)
-        return norm(c, "final_norm")(x)
+        )(c, self.layout, name="layers")
+        x = self.layout.between_layers(embed[tokens].astype(c.dtype))
+        x, _ = layers(x, positions, segment_ids)
+        return norm(c, "final_norm")(self.layout.whole_rows(x))
 
 
 def init(config: ModelConfig, seed: int) -> Params:
     """Fresh parameters. Only the shape of the tokens matters here, so one token will do."""
     one = jnp.zeros((1, 1), jnp.int32)
-    return Transformer(config).init(jax.random.key(seed), one, one, one)["params"]
+    return jax.jit(Transformer(config).init)(jax.random.key(seed), one, one, one)["params"]
 
 
 def head(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
@@ -149,6 +160,7 @@ def logprobs(
     loss_index: jax.Array,
     temperature: float = 1.0,
     chunk: int = 1024,
+    layout: Layout = ONE_DEVICE,
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability and entropy of the tokens listed in `loss_index`, under logits / T.
 
@@ -158,8 +170,10 @@ def logprobs(
     so memory does not grow with T x V. Chunks run along M, so that rows still shard.
     """
     rows, listed = loss_index.shape
-    hidden = Transformer(config).apply({"params": params}, tokens, positions, segment_ids)
-    width = min(listed, max(1, chunk // rows))  # listed tokens of a row in one chunk
+    model = Transformer(config, layout)
+    hidden = model.apply({"params": params}, tokens, positions, segment_ids)
+    # Listed tokens of a row in one chunk, so that a device has about `chunk` of them.
+    width = min(listed, max(1, chunk * layout.sharers // rows))
     index = jnp.pad(loss_index, ((0, 0), (0, -listed % width)))
     source = jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)
     target = jnp.take_along_axis(tokens, index, axis=1)
@@ -168,7 +182,9 @@ def logprobs(
     def score(chunk_hidden, chunk_target):  # [R,width,D], [R,width]
         scaled = head(config, params, chunk_hidden) / temperature
         total = jax.nn.logsumexp(scaled, axis=-1)
-        picked = jnp.take_along_axis(scaled, chunk_target[..., None], axis=-1)[..., 0]
+        # Not a gather: the vocabulary may lie on several devices.
+        here = jnp.arange(scaled.shape[-1]) == chunk_target[..., None]
+        picked = jnp.sum(jnp.where(here, scaled, 0.0), axis=-1)
         mean_logit = jnp.sum(jnp.exp(scaled - total[..., None]) * scaled, axis=-1)
         return picked - total, jax.lax.stop_gradient(total - mean_logit)
 

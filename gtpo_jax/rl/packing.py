@@ -36,11 +36,13 @@ def pack(
     aggregation: str = "token_mean",
     constant: float | None = None,
     rows_multiple: int = 1,
+    packed: bool = True,
 ) -> Batch:
     """One mini-batch -> Batch of NumPy arrays [R, row_tokens], R a multiple of rows_multiple.
 
     advantages [N,K]. `aggregation`: `token_mean` 1 / all sampled tokens, `sequence_mean`
     1 / (N own tokens), `turn_mean` 1 / (turns own turn's tokens), `constant` 1 / (N constant).
+    Not `packed`: a row for each trajectory.
     Raises InputError on an unknown aggregation or a trajectory longer than a row.
     """
     if aggregation not in AGGREGATIONS:
@@ -59,7 +61,7 @@ def pack(
             "constant": lambda _: 1.0 / (count * constant),
         }[aggregation]
         segments.append(_segment(trajectory, row, weight))
-    return pack_segments(segments, row_tokens, rows_multiple)
+    return pack_segments(segments, row_tokens, rows_multiple, packed)
 
 
 def _segment(trajectory: Trajectory, advantages: np.ndarray, weight) -> Segment:
@@ -87,7 +89,7 @@ def _segment(trajectory: Trajectory, advantages: np.ndarray, weight) -> Segment:
 
 
 def pack_segments(
-    segments: Sequence[Segment], row_tokens: int, rows_multiple: int = 1
+    segments: Sequence[Segment], row_tokens: int, rows_multiple: int = 1, packed: bool = True
 ) -> Batch:
     """Place segments in rows: first-fit decreasing."""
     rows: list[list[Segment]] = []
@@ -99,7 +101,8 @@ def pack_segments(
                 f"trajectory {segment.order} has {length} tokens, more than "
                 f"learn.row_tokens={row_tokens}; raise it, or lower rollout.max_tokens"
             )
-        row = next((r for r, left in enumerate(room) if left >= length), None)
+        fitting = (r for r, left in enumerate(room) if packed and left >= length)
+        row = next(fitting, None)
         if row is None:
             rows.append([])
             room.append(row_tokens)

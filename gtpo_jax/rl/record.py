@@ -32,6 +32,13 @@ def write(
             file.write(json.dumps(line) + "\n")
 
 
+def write_skipped(path: Path, step: int, problems: Sequence[Sequence[str]]) -> None:
+    """Append the problems of each update that was skipped at this step."""
+    with path.open("a", encoding="utf-8") as file:
+        for ids in problems:
+            file.write(json.dumps({"step": step, "problems": list(ids)}) + "\n")
+
+
 def _to_json(trajectory: Trajectory, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "problem": dataclasses.asdict(trajectory.problem),

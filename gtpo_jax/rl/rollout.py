@@ -76,6 +76,11 @@ class RolloutStats:
         mine, others = dataclasses.astuple(self), dataclasses.astuple(other)
         return RolloutStats(*(a + b for a, b in zip(mine, others, strict=True)))
 
+    def beside(self, other: "RolloutStats") -> "RolloutStats":
+        """Both at the same time."""
+        seconds = max(self.seconds, other.seconds)
+        return dataclasses.replace(self.plus(other), seconds=seconds)
+
 
 @dataclasses.dataclass
 class _Live:

@@ -7,7 +7,7 @@ decide where the terms of that one sum are computed. Nothing here knows text or 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 from gtpo_jax.errors import InputError
+from gtpo_jax.model import lora
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.transformer import Params, logprobs
 from gtpo_jax.parallel import Parallel
@@ -24,52 +25,84 @@ from gtpo_jax.rl.types import Batch
 
 
 class TrainState(NamedTuple):
-    """Everything the optimiser owns."""
+    """Everything an update reads and writes."""
 
-    params: Params
+    params: Params  # what is trained: all weights, or the adapters (model.lora)
+    frozen: Params  # the rest; empty without adapters
     opt_state: Any
     step: jax.Array  # updates done, int32
+    skipped: jax.Array  # updates skipped since the last one that was done, int32
 
 
 class Update(NamedTuple):
-    """score(params, batch) -> logprobs [R,T];  step(state, batch) -> state, metrics."""
+    """rows(batch) -> micro-batches on the devices; score(params, frozen, micros) -> logprobs
+    [R,T] of each; step(state, micros) -> state, metrics."""
 
-    score: Callable[[Params, Batch], np.ndarray]
-    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    rows: Callable[[Batch], list[Batch]]
+    score: Callable[[Params, Params, Sequence[Batch]], list[jax.Array]]
+    step: Callable[[TrainState, Sequence[Batch]], tuple[TrainState, dict[str, jax.Array]]]
+    programs: dict[str, Callable]  # the jitted parts, for `gtpo_jax.plan`
+
+
+def start(
+    config: ModelConfig,
+    params: Params,
+    optimizer: optax.GradientTransformation,
+    devices: Parallel,
+) -> TrainState:
+    """The state before the first update, on the devices."""
+    trained, frozen = (devices.place(part) for part in lora.split(config, params))
+    zero = np.int32(0)
+    return TrainState(
+        trained,
+        frozen,
+        devices.make(optimizer.init, trained),
+        devices.place(zero),
+        devices.place(zero),
+    )
 
 
 def build(
     config: ModelConfig,
     loss: Callable[[LossInputs], tuple[jax.Array, Metrics]],
     optimizer: optax.GradientTransformation,
-    parallel: Parallel,
+    devices: Parallel,
     micro_rows: int,
     temperature: float = 1.0,
     chunk: int = 1024,
 ) -> Update:
-    """Compile the two functions of an update. Batches have a multiple of `micro_rows` rows.
+    """The functions of an update. Batches have a multiple of `micro_rows` rows.
 
-    Raises InputError where `micro_rows` does not divide by the number of devices.
+    An update whose loss or gradient is not finite changes nothing but `state.skipped`. Raises
+    InputError where `micro_rows` does not divide by the number of devices that share rows.
     """
-    if micro_rows % parallel.devices:
+    if micro_rows % devices.sharers:
         raise InputError(
-            f"learn.micro_rows={micro_rows} does not divide by {parallel.devices} devices"
+            f"learn.micro_rows={micro_rows} does not divide by the {devices.sharers} devices "
+            "that share the rows"
+        )
+    tensor = devices.mesh.shape["tensor"]
+    if config.kv_heads % tensor:
+        raise InputError(
+            f"parallel.tensor={tensor} does not divide the model's {config.kv_heads} key/value "
+            "heads"
         )
 
-    def forward(params: Params, batch: Batch):
+    def forward(params: Params, frozen: Params, batch: Batch):
         return logprobs(
             config,
-            params,
+            lora.join(params, frozen),
             batch.tokens,
             batch.positions,
             batch.segment_ids,
             batch.loss_index,
             temperature,
             chunk,
+            devices.layout,
         )
 
-    def objective(params: Params, batch: Batch):
-        scores, entropy = forward(params, batch)
+    def objective(params: Params, frozen: Params, batch: Batch):
+        scores, entropy = forward(params, frozen, batch)
         inputs = LossInputs(
             scores,
             batch.old_logprobs,
@@ -88,50 +121,62 @@ def build(
         sums["tokens"] = jnp.sum(sampled).astype(jnp.float32)
         total = jnp.sum(batch.weights * per_token)
         sums["loss"] = total
-        return total, sums
+        change = jnp.where(sampled, scores - batch.old_logprobs, -jnp.inf)
+        return total, (sums, {"ratio_max": jnp.exp(jnp.max(change))})
 
-    def gradients(params: Params, batch: Batch):
-        return jax.grad(objective, has_aux=True)(params, batch)
+    def gradients(params: Params, frozen: Params, batch: Batch):
+        grads, (sums, maxima) = jax.grad(objective, has_aux=True)(params, frozen, batch)
+        return grads, sums, maxima
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def apply(state: TrainState, grads: Params):
+    def apply(state: TrainState, grads: Params, loss: jax.Array):
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        norms = {
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
-        }
-        return TrainState(params, opt_state, state.step + 1), norms
+
+        def kept(new, old):
+            return jax.tree.map(lambda a, b: jnp.where(good, a, b), new, old)
+
+        state = TrainState(
+            kept(params, state.params),
+            state.frozen,
+            kept(opt_state, state.opt_state),
+            state.step + good,
+            jnp.where(good, 0, state.skipped + 1),
+        )
+        changed = jnp.where(good, optax.tree.norm(updates), 0.0)
+        return state, {"grad_norm": norm, "update_norm": changed, "skipped": state.skipped}
 
     @functools.partial(jax.jit, donate_argnums=0)
     def add(left, right):
-        return jax.tree.map(jnp.add, left, right)
+        (grads, sums, maxima), (more, others, higher) = left, right
+        both = jax.tree.map(jnp.add, (grads, sums), (more, others))
+        return *both, jax.tree.map(jnp.maximum, maxima, higher)
 
-    gradients_of = parallel.sum_over_rows(gradients)
-    score_of = parallel.per_row(lambda params, batch: forward(params, batch)[0])
+    gradients_of = devices.over_rows(gradients)
+    score_of = devices.per_row(lambda params, frozen, batch: forward(params, frozen, batch)[0])
 
-    def score(params: Params, batch: Batch) -> np.ndarray:
-        parts = [score_of(params, micro) for micro in micro_batches(batch, micro_rows)]
-        return np.concatenate(jax.device_get(parts))
+    def rows(batch: Batch) -> list[Batch]:
+        cuts = range(0, len(batch.tokens), micro_rows)
+        return [devices.rows(Batch(*(x[i : i + micro_rows] for x in batch))) for i in cuts]
 
-    def step(state: TrainState, batch: Batch):
+    def score(params: Params, frozen: Params, micros: Sequence[Batch]) -> list[jax.Array]:
+        return [score_of(params, frozen, micro) for micro in micros]
+
+    def step(state: TrainState, micros: Sequence[Batch]):
         total = None
-        for micro in micro_batches(batch, micro_rows):
-            part = gradients_of(state.params, micro)
+        for micro in micros:
+            part = gradients_of(state.params, state.frozen, micro)
             total = part if total is None else add(total, part)
-        grads, sums = total
-        state, norms = apply(state, grads)
+        grads, sums, maxima = total
+        state, norms = apply(state, grads, sums["loss"])
         loss_sum, tokens = sums.pop("loss"), sums.pop("tokens")
         means = {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
-        return state, {"loss": loss_sum, "tokens": tokens, **means, **norms}
+        return state, {"loss": loss_sum, "tokens": tokens, **means, **maxima, **norms}
 
-    return Update(score, step)
-
-
-def micro_batches(batch: Batch, rows: int) -> Iterator[Batch]:
-    """Cut a batch into pieces of `rows` rows."""
-    for first in range(0, len(batch.tokens), rows):
-        yield Batch(*(x[first : first + rows] for x in batch))
+    programs = {"gradients": gradients_of, "add": add, "apply": apply, "score": score_of}
+    return Update(rows, score, step, programs)
 
 
 def make_optimizer(
@@ -145,12 +190,17 @@ def make_optimizer(
     b2: float = 0.95,
     max_grad_norm: float = 1.0,
     muon_lr: float = 0.02,
+    state_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """Clip by global norm, then AdamW, or Muon for matrices with AdamW for the rest.
 
     The rate warms up linearly over `warmup` updates, then is constant, or falls to a tenth of
-    its peak by `steps` ("cosine", "linear"). Raises InputError on an unknown name.
+    its peak by `steps` ("cosine", "linear"). `state_dtype` is that of the first moment; the
+    second, whose small numbers bfloat16 would lose, stays as the weights are. Raises InputError
+    on an unknown name.
     """
+    if state_dtype not in ("float32", "bfloat16"):
+        raise InputError(f"optim.state_dtype={state_dtype!r}: float32 or bfloat16")
     if schedule not in ("constant", "cosine", "linear"):
         raise InputError(f"optim.schedule={schedule!r}: constant, cosine or linear")
 
@@ -165,7 +215,9 @@ def make_optimizer(
         return optax.join_schedules([rising, main], [warmup]) if warmup else main
 
     if name == "adamw":
-        core = optax.adamw(rate(lr), b1, b2, weight_decay=weight_decay)
+        core = optax.adamw(
+            rate(lr), b1, b2, weight_decay=weight_decay, mu_dtype=jnp.dtype(state_dtype)
+        )
     elif name == "muon":
         core = optax.contrib.muon(
             rate(muon_lr),
@@ -173,6 +225,7 @@ def make_optimizer(
             adam_b1=b1,
             adam_b2=b2,
             adam_learning_rate=rate(lr),
+            mu_dtype=jnp.dtype(state_dtype),
             muon_weight_dimension_numbers=_matrices_of_layers,
         )
     else:

@@ -8,6 +8,7 @@ import pytest
 from gtpo_jax.errors import InputError
 from gtpo_jax.metrics import CompileCounter
 from gtpo_jax.model import sampling, transformer
+from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine, pieces
 
@@ -26,7 +27,7 @@ def make(name, slots=5, temperature=0.0, stop_ids=(), **options):
     how = sampling.Sampling(temperature)
     options = {"rows": (4,), "lengths": (16,), **options}
     engine = Engine(config, slots, 80, stop_ids, how, **options)
-    engine.refresh(params)
+    engine.refresh(per_layer(config, params))
     return config, params, engine
 
 

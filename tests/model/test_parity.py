@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from gtpo_jax.errors import InputError
+from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.engine import Engine
 from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.tokenizer import load_tokenizer
@@ -117,7 +118,7 @@ def test_the_engine_says_what_generate_says(name, tmp_path):
     model.generation_config.eos_token_id = None  # any token may come at any place
     config, params = load_hf(tmp_path)
     engine = Engine(config, 3, 64, (), Sampling(0.0), rows=(4,), lengths=(16,))
-    engine.refresh(params)
+    engine.refresh(per_layer(config, params))
     rng = np.random.default_rng(2)
     histories = [rng.integers(0, 61, n).tolist() for n in (3, 9, 14)]
 

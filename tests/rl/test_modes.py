@@ -13,6 +13,7 @@ import pytest
 from scripted import FORM, TASK
 
 from gtpo_jax.model import transformer
+from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
 from gtpo_jax.rl.rollout import RolloutConfig, rollout
@@ -57,7 +58,7 @@ def play(dtype, deterministic, slots, width):
     # Calls and ends are likelier than chance, or turns would not end before the budget does.
     params["embed"] = params["embed"].at[CALL:].multiply(3.0)
     engine = Engine(config, slots, 110, (CALL, END), width=width, rows=(4,), lengths=(16, 32))
-    engine.refresh(params)
+    engine.refresh(per_layer(config, params))
     problems = [
         Problem(str(i), "t", ({"role": "user", "content": "Q" * (3 + i)},), "42")
         for i in range(4)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs import tiny
-from gtpo_jax import build
+from gtpo_jax import generation
 from gtpo_jax.errors import InputError
 from gtpo_jax.model.config import ModelConfig
 
@@ -36,7 +36,7 @@ def test_every_token_that_may_complete_a_mark_hands_back(marks, expected):
     texts = ["`", "``", "```", "`x", "```\n", "a\n```b", "\n```", "\n``", "x`", "\n"]
     texts += [">", "e>", "code>", ">=", "</code>", "</code", "a>", "d", ""]
     tokenizer = Texts(*texts)
-    stops = build.stop_ids(tokenizer, marks)
+    stops = generation.stop_ids(tokenizer, marks)
     assert {tokenizer.texts[i] for i in stops} == expected | {"<end>"}
 
 
@@ -49,24 +49,26 @@ def test_slots_are_as_many_as_memory_holds_where_none_are_named(monkeypatch):
     token = 2 * 2 * 2 * 8 * 4  # bytes: keys and values, layers, heads, width, float32
     # Embeddings, then q, k, v, o, three of the MLP and two norms a layer, and the last norm.
     weights = 4 * (64 * 32 + 2 * (1024 + 512 + 512 + 1024 + 3 * 32 * 48 + 64) + 32)
-    monkeypatch.setattr(build, "free_bytes", lambda: weights + int(1.5 * 100.5 * 160 * token))
+    monkeypatch.setattr(
+        generation, "free_bytes", lambda *_: weights + int(1.5 * 100.5 * 160 * token)
+    )
     config.rollout.slots = 0
-    assert build.engine(config, policy()).slots == 100
+    assert generation.engine(config, policy()).slots == 100
     config.rollout.cache_dtype = "bfloat16"
-    assert build.engine(config, policy()).slots == 16 * 8  # all there are
+    assert generation.engine(config, policy()).slots == 16 * 8  # all there are
     config.rollout.cache_dtype, config.rollout.slots, config.rollout.width = "", 96, 32
-    engine = build.engine(config, policy())
+    engine = generation.engine(config, policy())
     assert (engine.slots, engine.width) == (96, 32)
 
 
 def test_slots_that_do_not_fit_are_refused_with_what_to_lower(monkeypatch):
     config = tiny.get_config()
-    monkeypatch.setattr(build, "free_bytes", lambda: 2**22)
+    monkeypatch.setattr(generation, "free_bytes", lambda *_: 2**22)
     with pytest.raises(InputError, match="128 slots of 160 tokens") as error:
-        build.engine(config, policy())
+        generation.engine(config, policy())
     for name in ("4 MiB, 67 do", "rollout.max_tokens", "cache_dtype=bfloat16"):
         assert name in str(error.value)
-    monkeypatch.setattr(build, "free_bytes", lambda: 2**10)
+    monkeypatch.setattr(generation, "free_bytes", lambda *_: 2**10)
     config.rollout.slots = 0
     with pytest.raises(InputError, match=r"1 slots of 160 .* 0 do"):
-        build.engine(config, policy())
+        generation.engine(config, policy())
