@@ -27,7 +27,7 @@ setup(
         "jax>=0.10",
         "flax>=0.10.4",
         "optax>=0.2.6",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.12",
         "chex>=0.1.89",
         "ml-collections>=1.0",
         "absl-py>=2.0",

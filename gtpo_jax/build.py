@@ -163,7 +163,9 @@ def from_run(run: Path) -> Policy:
         raise InputError(f"{run}: no model.json there; is it the folder of a run?")
     model = ModelConfig(**json.loads(path.read_text()))
     like = jax.eval_shape(lambda: transformer.init(model, 0))
-    params = checkpoint.load_params(run, like)
+    trained, frozen = lora.split(model, like)
+    parts = checkpoint.load_params(run, {"params": trained, "frozen": frozen})
+    params = lora.join(parts["params"], parts["frozen"])
     return Policy(model, params, tokenizers.load_tokenizer(str(run / "tokenizer")))
 
 

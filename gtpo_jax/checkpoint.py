@@ -165,24 +165,24 @@ def best_step(run: Path) -> int:
     return folders.first_whole(folder, order)
 
 
-def load_params(run: Path, like: Any, which: str = "newest") -> Any:
-    """The parameters of a run's "newest" or "best" checkpoint, whatever its optimiser was.
+def load_params(run: Path, like: dict[str, Any], which: str = "newest") -> dict[str, Any]:
+    """`params` and `frozen` of a run's "newest" or "best" checkpoint, whatever its optimiser was.
 
-    They go where `like` is; where it has shapes and dtypes only, they are NumPy arrays. Only
+    They go where those of `like` are; where it has shapes and dtypes only, they are NumPy arrays. Only
     reads: a run may be training in that folder. Raises InputError where there is none.
     """
     step = {"newest": newest_step, "best": best_step}[which](run)
     path = run.absolute() / "checkpoints" / str(step)
-    return _read_state(path, {"params": like}, part="params.")["params"]
+    return _read_state(path, like, tuple(f"{name}." for name in like))
 
 
-def _read_state(path: Path, like: Any, part: str = "") -> Any:
-    """The arrays of `like`. Raises InputError where the saved ones (those whose name begins
-    with `part`) have other names, shapes or dtypes, or where their bytes were altered.
+def _read_state(path: Path, like: Any, parts: tuple[str, ...] = ("",)) -> Any:
+    """The arrays of `like`. Raises InputError where the saved ones (those whose names begin
+    with one of `parts`) have other names, shapes or dtypes, or where their bytes were altered.
     """
     handler, state = ocp.PyTreeCheckpointHandler(), path / "state"
     saved, wanted = _described(handler.metadata(state).tree), _described(like)
-    for name in (*wanted, *(name for name in saved if name.startswith(part))):
+    for name in (*wanted, *(name for name in saved if name.startswith(parts))):
         there, here = saved.get(name, "missing"), wanted.get(name, "missing")
         if there != here:
             raise InputError(
@@ -197,7 +197,7 @@ def _read_state(path: Path, like: Any, part: str = "") -> Any:
         return ocp.ArrayRestoreArgs(sharding=sharding)
 
     restore = ocp.args.PyTreeRestore(
-        item=like, restore_args=jax.tree.map(placed, like), partial_restore=bool(part)
+        item=like, restore_args=jax.tree.map(placed, like), partial_restore=parts != ("",)
     )
     try:
         return handler.restore(state, args=restore)

@@ -48,8 +48,7 @@ RULES = (
     (r"/(q|k|v|gate|up)/(kernel|lora_b)", ("fsdp", "tensor")),  # [D, out], [rank, out]
     (r"/(o|down)/(kernel|lora_a)", ("tensor", "fsdp")),  # [in, D], [in, rank]
     (r"/(q|k|v)/bias", ("tensor",)),
-    (r"/lora_[ab]", (None, None)),
-    (r"scale", (None,)),
+    (r"/lora_[ab]|scale|ns_coeffs", ()),  # the others are small: every device has a copy
 )
 
 

@@ -106,12 +106,17 @@ def run(
             (workdir / "config.json").write_text(config.to_json_best_effort(indent=1))
 
         # ---- loop --------------------------------------------------------------------------
-        for step in range(cursor["step"], config.steps + 1):
+        saved = cursor["step"]
+        for step in range(saved, config.steps + 1):
             generation.refresh(lora.join(state.params, state.frozen))
-            if step % config.eval_every == 0 or step == config.steps:
+            last, score = step == config.steps, None
+            if last or step % config.eval_every == 0:
                 measured, _ = evaluate(sample, held_out, config.task.eval_samples)
                 log.write(step, "eval", measured, config.steps)
-            if step == config.steps:
+                score = measured["eval/accuracy"]
+            if step > saved and (last or step % config.checkpoint_every == 0):
+                checkpoints.save(step, state, cursor, score)
+            if last:
                 break
             started = time.perf_counter()
             trajectories, stats, consumed = collect(
@@ -165,8 +170,8 @@ def run(
                 },
                 config.steps,
             )
-            last = step + 1 == config.steps
-            if speaks and (step % config.trajectories_every == 0 or last):
+            chosen = step % config.trajectories_every == 0 or step + 1 == config.steps
+            if chosen and speaks:
                 record.write(
                     trajectory_path,
                     step,
@@ -184,8 +189,6 @@ def run(
                     f"gradient that is not finite; {workdir / 'skipped.jsonl'} names their "
                     "problems"
                 )
-            if cursor["step"] % config.checkpoint_every == 0 or last:
-                checkpoints.save(cursor["step"], state, cursor)
         log.close()
     return state
 

@@ -94,7 +94,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
     assert_is(state, 7)
     like = jax.eval_shape(lambda: state_of(0)["params"])
     for which, step in {"newest": 7, "best": 3}.items():
-        params = load_params(tmp_path, like, which)
+        params = load_params(tmp_path, {"params": like}, which)["params"]
         assert isinstance(params["kernel"], np.ndarray)
         jax.tree.map(np.testing.assert_array_equal, params, state_of(step)["params"])
 
@@ -105,7 +105,7 @@ def test_without_scores_only_the_newest_are_kept(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.best() is None
     with pytest.raises(InputError, match="has a score"):
-        load_params(tmp_path, state_of(0)["params"], "best")
+        load_params(tmp_path, {"params": state_of(0)["params"]}, "best")
 
 
 def cut_off(path):
@@ -156,7 +156,7 @@ def test_a_reader_passes_over_what_is_torn_and_touches_nothing(tmp_path, capsys)
     assert newest_step(tmp_path) == 2
     assert best_step(tmp_path) == 1
     assert "3 is torn (cursor/metadata is cut short) and passed over" in capsys.readouterr().out
-    params = load_params(tmp_path, state_of(0)["params"])
+    params = load_params(tmp_path, {"params": state_of(0)["params"]})["params"]
     jax.tree.map(np.testing.assert_array_equal, params, state_of(2)["params"])
     assert on_disk(tmp_path) == ["1", "2", "3"]
 
@@ -173,7 +173,7 @@ def test_where_all_are_torn_an_error_names_them_and_nothing_is_touched(tmp_path)
         assert "\n" not in str(error.value)
         assert on_disk(tmp_path) == ["1", "2"]
     with pytest.raises(InputError, match="no checkpoint is whole"):
-        load_params(tmp_path, state_of(0)["params"])
+        load_params(tmp_path, {"params": state_of(0)["params"]})
 
 
 # Orbax abandons its other reads when one fails, and Python complains of each.

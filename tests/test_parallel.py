@@ -107,8 +107,8 @@ def test_same_gradients_and_parameters_on_any_devices(loss, names, tmp_path):
         for name in ("loss", "tokens", "entropy", "ratio", "ratio_max", "grad_norm"):
             np.testing.assert_allclose(got[name], one[name], rtol=1e-4, atol=1e-6, err_msg=case)
     if loss == "ppo_clip":
-        # AdamW divides by the root of the second moment: where a gradient is nearly nothing, the
-        # order of a sum decides its sign, and with it as much as a step of lr.
+        # AdamW divides by the root of the second moment: where a gradient is nearly nothing,
+        # the order of a sum decides its sign, and with it as much as a step of lr.
         adam = [np.load(tmp_path / f"{case}-adamw.npz")["params"] for case in ("one", "2,2,2")]
         worst = np.abs(adam[0] - adam[1]).max()
         print(f"SGD apart {apart:.1e} of what was moved; AdamW at most {worst:.1e}, lr 1e-3")
@@ -142,7 +142,7 @@ def test_every_weight_of_every_kind_has_a_rule_and_lies_as_it_says():
     assert specs["layers/q/kernel"] == (None, "fsdp", "tensor")
     assert specs["layers/down/kernel"] == (None, "tensor", "fsdp")
     assert specs["layers/k/bias"] == (None, "tensor")
-    assert specs["layers/gate/lora_a"] == (None, None, None)
+    assert specs["layers/gate/lora_a"] == (None, None, None) == specs["layers/q/lora_a"]
     assert specs["layers/o/lora_a"] == (None, "tensor", "fsdp")
     assert specs["final_norm/scale"] == (None,)
     assert len(specs) == 34
