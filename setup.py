@@ -10,6 +10,7 @@ EXTRAS = {
     "embedding": ["sentence-transformers>=3.0"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.18"],
+    "plan": ["libtpu"],
     "parity": ["torch>=2.4", "accelerate>=1.0"],
     "dev": ["pytest>=9.0", "hypothesis>=6.100", "ruff>=0.6"],
 }

@@ -135,18 +135,23 @@ def policy(config: ConfigDict, workdir: Path) -> Policy:
 def _as_trained(config: ConfigDict, made: Policy) -> Policy:
     """The same policy, computed as the config says, with adapters where it has a rank. Those
     of another run go on being trained if they are alike, and are merged if not."""
-    m = config.model
-    adapters = {f"lora_{name}": m.lora[name] for name in ("rank", "alpha", "targets")}
-    how = {"remat": m.remat, "unroll": m.unroll, "one_segment": not config.learn.packed}
-    model = dataclasses.replace(made.config, **how, **adapters)
-    before = dataclasses.replace(made.config, **how)
-    if before == model:
+    model = as_trained(config, made.config)
+    adapters = [f.name for f in dataclasses.fields(model) if f.name.startswith("lora_")]
+    if all(getattr(made.config, name) == getattr(model, name) for name in adapters):
         return made._replace(config=model)
     params = lora.merged(made.config, made.params)
     if model.lora_rank:
         fresh = jax.jit(lambda: lora.split(model, transformer.init(model, config.seed))[0])
         params = lora.join(fresh(), params)
     return made._replace(config=model, params=params)
+
+
+def as_trained(config: ConfigDict, model: ModelConfig) -> ModelConfig:
+    """The same model, computed as the config says, with the config's adapters."""
+    m = config.model
+    adapters = {f"lora_{name}": m.lora[name] for name in ("rank", "alpha", "targets")}
+    how = {"remat": m.remat, "unroll": m.unroll, "one_segment": not config.learn.packed}
+    return dataclasses.replace(model, **how, **adapters)
 
 
 def published(config: ConfigDict, source: str) -> Policy:
@@ -183,9 +188,14 @@ def _fresh(config: ConfigDict) -> Policy:
             arithmetic.SYMBOLS,
             Path(folder) / tokenizers.SentencePieceTokenizer.FILE,
         )
-    fields = {f.name for f in dataclasses.fields(ModelConfig)} & set(m)
-    model = ModelConfig(**{name: m[name] for name in fields})
+    model = described(config)
     return Policy(model, transformer.init(model, config.seed), tokenizer)
+
+
+def described(config: ConfigDict) -> ModelConfig:
+    """The model that the config's own fields describe, without adapters."""
+    fields = {f.name for f in dataclasses.fields(ModelConfig)} & set(config.model)
+    return ModelConfig(**{name: config.model[name] for name in fields})
 
 
 def check_prompts(config: ConfigDict, made: Policy, chosen: Sequence[Problem]) -> None:

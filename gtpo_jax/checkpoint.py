@@ -166,10 +166,11 @@ def best_step(run: Path) -> int:
 
 
 def load_params(run: Path, like: dict[str, Any], which: str = "newest") -> dict[str, Any]:
-    """`params` and `frozen` of a run's "newest" or "best" checkpoint, whatever its optimiser was.
+    """`params` and `frozen` of a run's "newest" or "best" checkpoint, whatever its optimiser.
 
-    They go where those of `like` are; where it has shapes and dtypes only, they are NumPy arrays. Only
-    reads: a run may be training in that folder. Raises InputError where there is none.
+    They go where those of `like` are; where it has shapes and dtypes only, they are NumPy
+    arrays. Only reads: a run may be training in that folder. Raises InputError where there is
+    none.
     """
     step = {"newest": newest_step, "best": best_step}[which](run)
     path = run.absolute() / "checkpoints" / str(step)

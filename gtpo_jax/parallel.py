@@ -54,9 +54,19 @@ RULES = (
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What the model is told of devices: how activations lie on a mesh; None: on one device."""
+    """What the model is told of devices: how activations lie on a mesh. None: JAX's default."""
 
     mesh: Mesh | None = None
+
+    @property
+    def platform(self) -> str:
+        """Of the devices that the program is for, which need not be there."""
+        return self.mesh.devices.flat[0].platform if self.mesh else jax.default_backend()
+
+    @property
+    def sharers(self) -> int:
+        """How many devices, or groups of `tensor` of them, share the rows."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
 
     def between_layers(self, x: jax.Array) -> jax.Array:
         """x [R,T,D]: rows over data and fsdp, tokens over tensor (sequence parallelism)."""
@@ -80,17 +90,16 @@ class Layout:
         return self._map(attend, (heads, heads, heads, P(), cache), (heads, cache))
 
     @property
-    def sharers(self) -> int:
-        """How many devices, or groups of `tensor` of them, share the rows."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"] if self.mesh else 1
+    def _spread(self) -> bool:
+        return self.mesh is not None and self.mesh.size > 1
 
     def _lies(self, x: jax.Array, *axes) -> jax.Array:
-        if self.mesh is None:
+        if not self._spread:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
 
     def _map(self, fn: Callable, ins, outs) -> Callable:
-        if self.mesh is None:
+        if not self._spread:
             return fn
         return jax.shard_map(fn, mesh=self.mesh, in_specs=ins, out_specs=outs, check_vma=False)
 
@@ -110,8 +119,7 @@ class Parallel:
     @property
     def layout(self) -> Layout:
         """For the function that is mapped: pmap's sees one device."""
-        spread = self.mapping == "mesh" and self.mesh.size > 1
-        return Layout(self.mesh if spread else None)
+        return Layout(self.mesh if self.mapping == "mesh" else None)
 
     # ---- where things lie ------------------------------------------------------------------
 
@@ -192,12 +200,13 @@ class Parallel:
         """A mesh for each engine of this host: (1, 1, tensor) devices."""
         groups = self.mesh.devices.reshape(-1, self.mesh.shape["tensor"])
         hosts = [{d.process_index for d in group} for group in groups]
+        here = jax.process_index()
         if any(len(of) > 1 for of in hosts):
+            count = sum(d.process_index == here for d in self.mesh.devices.flat)
             raise InputError(
                 f"parallel.tensor={self.mesh.shape['tensor']} reaches over hosts: an engine "
-                f"works within one, which has {len(jax.local_devices())} devices"
+                f"works within one, which has {count} devices"
             )
-        here = jax.process_index()
         return [
             engine_mesh(group) for group, of in zip(groups, hosts, strict=True) if of == {here}
         ]

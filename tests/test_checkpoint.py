@@ -227,10 +227,14 @@ def test_another_model_or_optimiser_is_named_in_one_line(tmp_path):
         with pytest.raises(InputError, match="seed 1 and can't go on with seed 2"):
             checkpoints.restore(state(4, adam), seed=2)
     params = state(4, sgd).params
-    assert load_params(tmp_path, params)["norm"].tolist() == [1.0, 1.0, 1.0]
+    assert load_params(tmp_path, {"params": params})["params"]["norm"].tolist() == [
+        1.0,
+        1.0,
+        1.0,
+    ]
     del params["norm"]
     with pytest.raises(InputError, match=r"params.norm is float32\[3\] there and missing here"):
-        load_params(tmp_path, params)
+        load_params(tmp_path, {"params": params})
 
 
 @pytest.fixture(params=["tmpfs", "rlimit"])

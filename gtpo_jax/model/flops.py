@@ -1,19 +1,29 @@
-"""Floating-point operations that a model needs, and what a device can do."""
+"""Floating-point operations that a model needs, and what devices can do."""
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from gtpo_jax.model.config import ModelConfig
 
-# Dense bfloat16 FLOP/s of one device, from the makers' data sheets; by JAX's device_kind.
-PEAK = {
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
+
+class Device(NamedTuple):
+    """One device, by its maker's data sheet. FLOP/s are dense bfloat16."""
+
+    flops: float  # FLOP/s
+    bandwidth: float  # bytes/s of its memory
+    memory: float  # bytes
+    links: float  # bytes/s to other devices, all links and both ways together
+
+
+GIB = 2**30
+DEVICES = {  # by JAX's device_kind
+    "NVIDIA H100 80GB HBM3": Device(989e12, 3.35e12, 80 * GIB, 900e9),
+    "NVIDIA H200": Device(989e12, 4.8e12, 141e9, 900e9),
+    "NVIDIA A100-SXM4-80GB": Device(312e12, 2.04e12, 80 * GIB, 600e9),
+    "TPU v4": Device(275e12, 1.23e12, 32 * GIB, 300e9),
+    "TPU v5 lite": Device(197e12, 0.82e12, 16 * GIB, 200e9),
+    "TPU v5": Device(459e12, 2.77e12, 95 * GIB, 600e9),
+    "TPU v6 lite": Device(918e12, 1.64e12, 32 * GIB, 448e9),
 }
 
 

@@ -23,7 +23,7 @@ def compiled(config: ModelConfig, dtype: str, mesh: Mesh, name: str, *shape) -> 
     capacity n T | decode rows capacity W steps stops how, as `model.caches` has them. Weights
     and caches lie on `mesh` by heads, all else is on each of its devices.
     """
-    layout = Layout(mesh if mesh.size > 1 else None)
+    layout = Layout(mesh)
     copied, by_heads = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "tensor"))
 
     def ints(*shape, dtype=jnp.int32):

@@ -73,6 +73,12 @@ def load(source: str | Path, **options: Any) -> tuple[ModelConfig, dict]:
     raise InputError(f"model source {str(source)!r}: no folder, .gguf file or {SMOLLM2!r}")
 
 
+def read_config(folder: str | Path, dtype: str, param_dtype: str) -> ModelConfig:
+    """What a Hugging Face folder holds, without reading its weights."""
+    file = Path(folder) / "config.json"
+    return _config(_hf_fields(_read_json(file), file), file, dtype, param_dtype, None)
+
+
 def load_hf(
     folder: str | Path,
     dtype: str = "float32",

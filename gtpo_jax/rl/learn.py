@@ -71,9 +71,9 @@ def learn(
     lengths = [trajectories[r].length() for rows in parts for r in rows]
     needed = config.learn.epochs * flops.update(model, lengths)
     means["train/tflops"] = needed / seconds / 1e12
-    peak = flops.PEAK.get(jax.devices()[0].device_kind)
-    if peak:
-        means["train/mfu"] = needed / seconds / (peak * jax.device_count())
+    device = flops.DEVICES.get(jax.devices()[0].device_kind)
+    if device:
+        means["train/mfu"] = needed / seconds / (device.flops * jax.device_count())
     return Learned(state, means, skipped)
 
 
