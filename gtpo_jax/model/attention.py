@@ -1,7 +1,6 @@
 """Attention, in the two shapes the decoder needs: packed rows and a cache of slots.
 
-Letters: b rows or slots, t query tokens, s key tokens, k key/value heads, g query heads per
-key/value head, h head width. Scores and softmax are float32 whatever the model's dtype.
+Which kernel attends is chosen in two tables, by platform; `kernels` has them all.
 """
 
 from typing import NamedTuple
@@ -9,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-MASKED = -1e30  # finite, so that a row of padding has no NaN
+from gtpo_jax.model import kernels
 
 
 class Cache(NamedTuple):
@@ -20,18 +19,64 @@ class Cache(NamedTuple):
     slots: jax.Array | None = None  # [n] int32; a slot >= B is padding: nothing is written
 
 
+# What attends in training, by platform and by what a row holds: several segments, or one that
+# starts at column 0. A platform that is not here takes "xla". `benchmarks.attention --training`
+# measures them all; so far only a CPU has been.
+PACKED = {
+    "xla": kernels.packed_xla,
+    "triton": kernels.packed_triton,
+    "cudnn": kernels.packed_cudnn,
+    "splash": kernels.packed_splash,
+}
+BEST_PACKED = {
+    ("gpu", "several"): "triton",
+    ("gpu", "one"): "cudnn",
+    ("tpu", "several"): "splash",
+    ("tpu", "one"): "splash",
+}
+
+# What attends to the cache when one token is decoded, by platform, likewise.
+FLAT = {
+    "xla": kernels.attend_xla,
+    "triton": kernels.attend_triton,
+    "cudnn": kernels.attend_cudnn,
+    "paged": kernels.attend_paged,
+}
+BEST = {"cpu": "xla", "tpu": "paged"}
+
+
+def packed_kernel(platform: str, dtype: jnp.dtype, one_segment: bool) -> str:
+    """The name in `PACKED` of what attends to packed rows."""
+    # cuDNN has no float32, and Triton's products of it are TF32: who asks for float32 on a GPU
+    # asks for the reference.
+    if platform == "gpu" and dtype == jnp.float32:
+        return "xla"
+    return BEST_PACKED.get((platform, "one" if one_segment else "several"), "xla")
+
+
+def flat_kernel(platform: str, keys: jax.Array) -> str:
+    """The name in `FLAT` of what attends to a cache `keys` [..., S, h] of one layer."""
+    name = BEST.get(platform, "xla")
+    # Mosaic wants whole lanes of 128, pages have at least 128 tokens, products are bfloat16.
+    fits = keys.shape[-1] % 128 == keys.shape[-2] % 128 == 0 and keys.dtype == jnp.bfloat16
+    return "xla" if name == "paged" and not fits else name
+
+
 def packed_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    one_segment: bool = False,
 ) -> jax.Array:
-    """Causal attention within segments. q [B,T,heads,h], k and v [B,T,kv_heads,h] -> as q."""
-    rows, length = segment_ids.shape
-    query = q.reshape(rows, length, k.shape[2], -1, q.shape[-1])
-    scores = jnp.einsum("btkgh,bskh->bkgts", query, k, preferred_element_type=jnp.float32)
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    allowed = same & jnp.tril(jnp.ones((length, length), bool))
-    weights = jax.nn.softmax(jnp.where(allowed[:, None, None], scores, MASKED), axis=-1)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(v.dtype), v)
-    return out.reshape(q.shape)
+    """Causal attention within segments. q [B,T,heads,h], k and v [B,T,kv_heads,h] -> as q.
+
+    q is scaled already. segment_ids [B,T], 0 for padding. `one_segment` (static) promises that
+    a row holds one segment, from column 0 on, then padding. The GPU's and the TPU's kernels
+    work on local arrays: over a mesh, call them inside `jax.shard_map`.
+    """
+    name = packed_kernel(jax.default_backend(), q.dtype, one_segment)
+    return PACKED[name](q, k, v, segment_ids)
 
 
 def cached_attention(
@@ -54,50 +99,10 @@ def cached_attention(
     query = query.reshape(rows * heads, -1, q.shape[-1]).astype(keys.dtype)
     flat_k, flat_v = (x.reshape(rows * heads, *x.shape[2:]) for x in (seen_k, seen_v))
     groups = query.shape[1] // length
-    counts = jnp.repeat(jnp.repeat(positions + 1, heads, axis=0), groups, axis=1)
-    kernel = FLAT[BEST.get(jax.default_backend(), "xla")] if length == 1 else attend_xla
-    out = kernel(query, flat_k, flat_v, counts)
+    # At most S: a kernel that reads only what is seen would read on into the next row's cache.
+    counts = jnp.minimum(positions + 1, keys.shape[2])
+    counts = jnp.repeat(jnp.repeat(counts, heads, axis=0), groups, axis=1)
+    name = flat_kernel(jax.default_backend(), keys) if length == 1 else "xla"
+    out = FLAT[name](query, flat_k, flat_v, counts)
     out = jnp.moveaxis(out.reshape(rows, heads, length, -1, q.shape[-1]), 1, 2)
     return out.reshape(q.shape).astype(q.dtype), Cache(keys, values, slots)
-
-
-def attend_xla(q: jax.Array, k: jax.Array, v: jax.Array, counts: jax.Array) -> jax.Array:
-    """q [N,m,h] to the first counts [N,m] of k and v [N,S,h] -> [N,m,h]."""
-    scores = jnp.einsum("nmh,nsh->nms", q, k, preferred_element_type=jnp.float32)
-    seen = jnp.arange(k.shape[1]) < counts[..., None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, MASKED), axis=-1)
-    return jnp.einsum("nms,nsh->nmh", weights.astype(v.dtype), v)
-
-
-def attend_triton(
-    q: jax.Array, k: jax.Array, v: jax.Array, counts: jax.Array, interpret: bool = False
-) -> jax.Array:
-    """As `attend_xla` where a row's queries see the same, by JAX's split-k decoding kernel,
-    which reads only what is seen; k is cut into pieces of 64 and up to 8 parallel splits.
-
-    JAX 0.12 deprecates the module (its successor is the package tokamax): imported here only.
-    """
-    from jax.experimental.pallas.ops.gpu.decode_attention import mqa
-
-    splits = next(n for n in (8, 4, 2, 1) if k.shape[1] % (64 * n) == 0)
-    return mqa(
-        q, k, v, None, counts[:, 0], 1.0, block_k=64, k_splits=splits, interpret=interpret
-    )
-
-
-def attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, counts: jax.Array) -> jax.Array:
-    """As `attend_xla` where a row's queries see the same, by cuDNN; bfloat16 only."""
-    return jax.nn.dot_product_attention(
-        q[:, None],
-        k[:, :, None],
-        v[:, :, None],
-        scale=1.0,
-        key_value_seq_lengths=counts[:, 0],
-        implementation="cudnn",
-    )[:, 0]
-
-
-# What attends to the cache when one token is decoded, by platform. `benchmarks.attention`
-# measures them all; a platform that is not here, or has not been measured, takes XLA's.
-FLAT = {"xla": attend_xla, "triton": attend_triton, "cudnn": attend_cudnn}
-BEST = {"cpu": "xla"}
