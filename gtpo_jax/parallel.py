@@ -86,8 +86,13 @@ class Layout:
         """attend(q, k, v [n,T,heads,h], positions [n,T], (keys, values [B,heads,S,h], slots))
         -> [n,T,heads,h] and the cache, device by device."""
         heads, cached = P(None, None, "tensor"), P(None, "tensor")
-        cache = (cached, cached, P())
-        return self._map(attend, (heads, heads, heads, P(), cache), (heads, cache))
+
+        def attend_on(q, k, v, positions, cache):
+            on = type(cache)(cached, cached, P())
+            ins, outs = (heads, heads, heads, P(), on), (heads, on)
+            return self._map(attend, ins, outs)(q, k, v, positions, cache)
+
+        return attend_on
 
     @property
     def _spread(self) -> bool:

@@ -35,7 +35,7 @@ from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
 from gtpo_jax.model.programs import compiled
 from gtpo_jax.model.sampling import Sampling
-from gtpo_jax.parallel import Parallel
+from gtpo_jax.parallel import Parallel, engine_mesh
 from gtpo_jax.rl.losses import LOSSES
 from gtpo_jax.rl.types import Batch
 from gtpo_jax.rl.update import TrainState, make_optimizer
@@ -82,16 +82,35 @@ def topology(name: str) -> tuple[list, flops.Device]:
         return jax.devices("cpu"), flops.Device(1e11 / int(shape), 2e10, there, 1e10)
     if kind not in ("v4", "v5e", "v5p", "v6e") or not shape:
         raise InputError(f"--topology={name!r}: such as v5e:4x4, v5p:2x2x2 or cpu:8")
+    found = _tpus(name)
+    return found, flops.DEVICES[found[0].device_kind]
+
+
+def one_engine(name: str, tensor: int) -> list:
+    """The devices of one engine, as a topology of its own: the compiler wants a whole one."""
+    kind = name.partition(":")[0]
+    if kind == "cpu":
+        return jax.devices("cpu")[:tensor]
+    bounds = {1: (1, 1, 1), 2: (1, 2, 1), 4: (2, 2, 1), 8: (2, 4, 1)}
+    if tensor not in bounds:
+        raise InputError(f"parallel.tensor={tensor}: plans are for 1, 2, 4 or 8")
+    sizes = bounds[tensor] if kind in ("v4", "v5p") else bounds[tensor][:2]
+    shape = "x".join(map(str, sizes))
+    found = _tpus(f"{kind}:{shape}", chips_per_host_bounds=bounds[tensor])
+    return found[:tensor]
+
+
+def _tpus(name: str, **options) -> list:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # libtpu's, of several types
         reason = str(error).splitlines()[0]
         raise InputError(
             f"--topology={name!r}: {reason} (needs pip install gtpo_jax[plan])"
         ) from None
-    return list(found.devices), flops.DEVICES[found.devices[0].device_kind]
+    return list(found.devices)
 
 
 def plan(config: ConfigDict, name: str) -> Plan:
@@ -128,7 +147,8 @@ def plan(config: ConfigDict, name: str) -> Plan:
         "gradients": sums * _bytes(state.params),
         "activations": max(programs[n].memory_analysis().temp_size_in_bytes for n in programs),
     }
-    mesh = devices.engine_meshes()[0]
+    engines = len(devices.engine_meshes())  # refuses `tensor` beyond a host
+    mesh = engine_mesh(one_engine(name, p.tensor))
     own = _bytes(jax.eval_shape(lambda: per_layer(model, transformer.init(model, 0))))
     resident["engine's weights"] = own / p.tensor
     token = 2 * model.layers * model.kv_heads * model.head_dim / p.tensor
@@ -154,7 +174,7 @@ def plan(config: ConfigDict, name: str) -> Plan:
     return Plan(
         name=name,
         devices=devices.mesh.size,
-        engines=len(devices.engine_meshes()),
+        engines=engines,
         memory=device.memory,
         resident=resident,
         update=learning,

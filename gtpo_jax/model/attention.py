@@ -68,19 +68,26 @@ def packed_attention(
     v: jax.Array,
     segment_ids: jax.Array,
     one_segment: bool = False,
+    platform: str = "",
 ) -> jax.Array:
     """Causal attention within segments. q [B,T,heads,h], k and v [B,T,kv_heads,h] -> as q.
 
     q is scaled already. segment_ids [B,T], 0 for padding. `one_segment` (static) promises that
-    a row holds one segment, from column 0 on, then padding. The GPU's and the TPU's kernels
+    a row holds one segment, from column 0 on, then padding. `platform`: of the devices that the
+    program is compiled for, JAX's default where it is empty. The GPU's and the TPU's kernels
     work on local arrays: over a mesh, call them inside `jax.shard_map`.
     """
-    name = packed_kernel(jax.default_backend(), q.dtype, one_segment)
+    name = packed_kernel(platform or jax.default_backend(), q.dtype, one_segment)
     return PACKED[name](q, k, v, segment_ids)
 
 
 def cached_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, positions: jax.Array, cache: Cache
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    positions: jax.Array,
+    cache: Cache,
+    platform: str = "",
 ) -> tuple[jax.Array, Cache]:
     """Write k and v at `positions` [n,T] of the cache, attend to all up to each position.
 
@@ -102,7 +109,7 @@ def cached_attention(
     # At most S: a kernel that reads only what is seen would read on into the next row's cache.
     counts = jnp.minimum(positions + 1, keys.shape[2])
     counts = jnp.repeat(jnp.repeat(counts, heads, axis=0), groups, axis=1)
-    name = flat_kernel(jax.default_backend(), keys) if length == 1 else "xla"
+    name = flat_kernel(platform or jax.default_backend(), keys) if length == 1 else "xla"
     out = FLAT[name](query, flat_k, flat_v, counts)
     out = jnp.moveaxis(out.reshape(rows, heads, length, -1, q.shape[-1]), 1, 2)
     return out.reshape(q.shape).astype(q.dtype), Cache(keys, values, slots)

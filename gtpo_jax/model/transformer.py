@@ -5,6 +5,7 @@ second model. Parameters: {"embed" [V,D], "layers" (leading axis: layer), "final
 "head" [D,V] where embeddings are untied}.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -82,11 +83,13 @@ class Block(nn.Module):
             q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
         q = rope(q, positions, c.rope_theta) * c.head_dim**-0.5
         k = rope(k, positions, c.rope_theta)
+        on = {"platform": self.layout.platform}
         if cache is None:
-            attend = self.layout.by_rows_and_heads(packed_attention)
+            attend = functools.partial(packed_attention, one_segment=c.one_segment, **on)
+            attend = self.layout.by_rows_and_heads(attend)
             attended = attend(q, k, v, segment_ids)
         else:
-            attend = self.layout.by_heads(cached_attention)
+            attend = self.layout.by_heads(functools.partial(cached_attention, **on))
             attended, cache = attend(q, k, v, positions, cache)
         flat = flat + dense(width, "o")(attended.reshape(rows * length, -1))
 
