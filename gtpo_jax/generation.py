@@ -54,6 +54,11 @@ class Generation:
         for each, weights in zip(self.engines, self._weights(params), strict=True):
             each.refresh(weights)
 
+    def release(self) -> None:
+        """Give the weights' memory back, to the update; `refresh` comes before all sampling."""
+        for each in self.engines:
+            each.refresh(None)
+
     def warm_up(self, steps: int) -> str:
         """Compile every program now; says how many, and how long it took."""
         return "\n".join(each.warm_up(steps) for each in self.engines)

@@ -8,9 +8,9 @@ and the shape, such as v5e:4x4; cpu:N stands for N devices of this machine. The 
 config.model.source where such a folder is here, else the one that config.model describes.
 
 Prints bytes per device by kind, FLOPs, what a device sends, and the least time a step takes by
-the data sheets (model/flops.py). Exit code 1 where update or engine does not fit: training
-state and the engine's weights stay, and beside them either the update's gradients and
-activations or the engine's caches have to find room.
+the data sheets (model/flops.py). Exit code 1 where update or engine does not fit: the training
+state stays, and beside it either the update's gradients and activations or the engine's weights
+and caches have to find room.
 """
 
 import dataclasses
@@ -53,7 +53,7 @@ class Plan:
     devices: int
     engines: int  # on one host
     memory: float  # what a device has
-    resident: dict[str, float]  # training state and the engine's weights
+    resident: dict[str, float]  # training state
     update: dict[str, float]  # beside them while learning
     engine: dict[str, float]  # or while sampling
     slots: int  # of one engine
@@ -150,13 +150,15 @@ def plan(config: ConfigDict, name: str) -> Plan:
     engines = len(devices.engine_meshes())  # refuses `tensor` beyond a host
     mesh = engine_mesh(one_engine(name, p.tensor))
     own = _bytes(jax.eval_shape(lambda: per_layer(model, transformer.init(model, 0))))
-    resident["engine's weights"] = own / p.tensor
     token = 2 * model.layers * model.kv_heads * model.head_dim / p.tensor
     token *= jnp.dtype(r.cache_dtype or model.dtype).itemsize
     most = -(-r.problems // devices.sharers) * r.samples
-    free = 0.95 * device.memory - sum(resident.values())
+    free = 0.95 * device.memory - sum(resident.values()) - own / p.tensor
     slots = r.slots or max(0, min(most, int(free / (1.5 * token * length))))
-    sampling: dict[str, float] = {"caches": slots * length * token}
+    sampling: dict[str, float] = {
+        "weights": own / p.tensor,
+        "caches": slots * length * token,
+    }
     if slots:
         sampling["working"] = _engine_temp(model, mesh, slots, r, length)
     sent = collectives.sent(programs["gradients"].as_text())

@@ -129,6 +129,7 @@ def run(
                 config.rollout.samples,
                 config.rollout.resample_rounds,
             )
+            generation.release()
             rewards, mask, groups = score_rewards(
                 trajectories,
                 config.rollout.max_turns,

@@ -1,4 +1,4 @@
-"""Two processes with four devices each do what one process with eight does, sandboxes and all."""
+"""Two processes of four devices do what one of eight does, sandboxes and all."""
 
 import json
 import os
@@ -18,7 +18,8 @@ from configs import tiny
 from gtpo_jax import train
 from gtpo_jax.errors import run_command
 
-processes, process, port, out = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4])
+processes, process, port = map(int, sys.argv[1:4])
+out = Path(sys.argv[4])
 
 def main():
     config = tiny.get_config("gtpo")

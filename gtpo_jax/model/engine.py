@@ -94,9 +94,9 @@ class Engine:
         self._batch: Caches | None = None
         self._parked: Caches | None = None
 
-    def refresh(self, weights: Params) -> None:
-        """Take the policy's new weights, as `caches.per_layer` gives them. Slots in flight keep
-        their caches; start afresh."""
+    def refresh(self, weights: Params | None) -> None:
+        """Take the policy's new weights, as `caches.per_layer` gives them; None: hold none.
+        Slots in flight keep their caches; start afresh."""
         self._params = weights
 
     def reset(self) -> None:
