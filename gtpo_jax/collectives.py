@@ -1,5 +1,6 @@
 """What a compiled program moves between devices, read from its HLO text."""
 
+import itertools
 import math
 import re
 from collections import Counter
@@ -10,9 +11,8 @@ BITS = {"pred": 8, "s8": 8, "u8": 8, "f16": 16, "bf16": 16, "s32": 32, "u32": 32
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 _OPERATION = re.compile(r"= (.*?) (" + "|".join(KINDS) + r")(-start)?\(")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-_CALLED = re.compile(
-    r"(?:body|to_apply|calls|branch_computations|condition)=\{?%?([\w.\-, %]+)"
-)
+_CALLED = re.compile(r"(?:body|condition|to_apply|calls)=%?([\w.\-]+)")
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _TIMES = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
 
@@ -34,9 +34,9 @@ def sent(hlo: str) -> dict[str, float]:
                 arrays = arrays[len(arrays) // 2 :] if found[3] else arrays
                 own[here][found[2]] += sum(_bytes(*array) for array in arrays)
             times = int(found[1]) if (found := _TIMES.search(line)) else 1
-            for names in _CALLED.findall(line):
-                for name in re.split(r"[,\s%]+", names.strip()):
-                    calls[here].append((name, times))
+            branches = [re.split(r"[,\s%]+", names) for names in _BRANCHES.findall(line)]
+            for name in itertools.chain(_CALLED.findall(line), *branches):
+                calls[here].append((name, times))
 
     def total(name: str) -> Counter:
         out = Counter(own.get(name, ()))

@@ -15,6 +15,7 @@ and caches have to find room.
 
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -103,6 +104,8 @@ def one_engine(name: str, tensor: int) -> list:
 def _tpus(name: str, **options) -> list:
     from jax.experimental import topologies
 
+    # It only compiles: the TPU need not be its own, and no cloud need say what machine this is.
+    os.environ |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1", "TPU_SKIP_MDS_QUERY": "1"}
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except Exception as error:  # libtpu's, of several types
