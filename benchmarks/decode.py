@@ -11,7 +11,6 @@ prompts, alternating; both are timed from prompts to the last token, prefill inc
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import platform
@@ -22,31 +21,12 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from benchmarks.shapes import SHAPES, load
 from gtpo_jax.errors import InputError, run_command
-from gtpo_jax.model import sampling, transformer, weights
+from gtpo_jax.model import sampling
 from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
-
-# vocabulary, width, layers, heads, kv heads, head width, hidden, context
-SHAPES = {
-    "tiny": ModelConfig(512, 128, 2, 4, 4, 32, 512, 4096),
-    "smollm2-135m": ModelConfig(49152, 576, 30, 9, 3, 64, 1536, 8192, rope_theta=1e5),
-    "qwen2.5-0.5b": ModelConfig(
-        151936, 896, 24, 14, 2, 64, 4864, 32768, qkv_bias=True, rope_theta=1e6
-    ),
-    "qwen2.5-1.5b": ModelConfig(
-        151936, 1536, 28, 12, 2, 128, 8960, 32768, qkv_bias=True, rope_theta=1e6
-    ),
-}
-
-
-def load(name: str, dtype: str) -> tuple[ModelConfig, transformer.Params]:
-    """Weights by a source `weights.load` knows, or random ones of a shape."""
-    if name not in SHAPES:
-        return weights.load(name, dtype=dtype, param_dtype=dtype)
-    config = dataclasses.replace(SHAPES[name], dtype=dtype, param_dtype=dtype)
-    return config, transformer.init(config, 0)
 
 
 def least_bytes(config: ModelConfig, params, slots: int, length: float) -> float:
@@ -137,7 +117,7 @@ def main() -> None:
     length = options.context - options.new
     if length < 1 or options.new < 2:
         raise InputError(f"--new={options.new} must be 2 or more, and below --context")
-    config, params = load(options.model, options.dtype)
+    config, params = load(options.model, dtype=options.dtype, param_dtype=options.dtype)
     prompts = np.random.default_rng(0).integers(3, config.vocab_size, (options.slots, length))
     generate = ours(config, params, options.slots, options.context, prompts, options.new)
     peer = theirs(config, prompts, options.new) if options.peer else None

@@ -23,7 +23,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 
-from benchmarks.decode import load
+from benchmarks.shapes import load
 from gtpo_jax.errors import run_command
 from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.engine import Engine
@@ -203,7 +203,7 @@ def main() -> None:
     longest = max(
         sum(map(len, turns)) + FEEDBACK * len(turns) for group in scripts for turns in group
     )
-    config, params = load(options.model, options.dtype)
+    config, params = load(options.model, dtype=options.dtype, param_dtype=options.dtype)
     engine = Scripted(config, options.slots, PROMPT + longest + 1, (), width=options.width)
     engine.refresh(per_layer(config, params))
     print(engine.warm_up(options.chunk), flush=True)

@@ -27,13 +27,12 @@ SHAPES = {
 }  # fmt: skip
 
 
-def load(
-    name: str, dtype: str, param_dtype: str, unroll: int = 1
-) -> tuple[ModelConfig, transformer.Params]:
-    """Random weights of a shape above, or those of a source that `weights.load` knows."""
-    fields = {"dtype": dtype, "param_dtype": param_dtype}
+def load(name: str, **fields) -> tuple[ModelConfig, transformer.Params]:
+    """Random weights of a shape above, or those of a source that `weights.load` knows; `fields`
+    are replaced in its ModelConfig."""
     if name not in SHAPES:
-        config, params = weights.load(name, **fields)
-        return dataclasses.replace(config, unroll=unroll), params
-    config = dataclasses.replace(SHAPES[name], unroll=unroll, **fields)
+        kinds = {key: fields[key] for key in ("dtype", "param_dtype")}
+        config, params = weights.load(name, **kinds)
+        return dataclasses.replace(config, **fields), params
+    config = dataclasses.replace(SHAPES[name], **fields)
     return config, transformer.init(config, 0)

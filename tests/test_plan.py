@@ -49,7 +49,7 @@ def test_flops_by_hand():
     config = ModelConfig(50, 8, 3, 4, 2, 2, 16, 64)
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16  # q, k and v, o, the MLP
     assert flops.matrix_weights(config) == 3 * layer + 8 * 50
-    # Forward: 2 a weight and token, and 4 for each pair of tokens and channel, half of them seen.
+    # Forward: 2 a weight and token, 4 for each pair of tokens and channel, half of them seen.
     attention = 3 * 3 * (4 * 4 * 2 * (5 * 5 + 7 * 7) / 2)
     expected = 3 * 2 * (3 * layer + 400) * 12 + attention
     assert flops.update(config, [5, 7]) == expected

@@ -10,7 +10,6 @@ paper takes sim from a paid embedding service; here it is any function
 """
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -25,22 +24,31 @@ _LONGEST = 3
 
 def token_similarity(left: Sequence[str], right: Sequence[str]) -> np.ndarray:
     """Cosine between counts of 1- to 3-grams of Python tokens. -> [len(left), len(right)]."""
-    counts = [[_ngrams(code) for code in codes] for codes in (left, right)]
-    out = np.zeros((len(left), len(right)), np.float64)
-    for i, a in enumerate(counts[0]):
-        for j, b in enumerate(counts[1]):
-            norm = (sum(v * v for v in a.values()) * sum(v * v for v in b.values())) ** 0.5
-            out[i, j] = sum(v * b[gram] for gram, v in a.items()) / norm if norm else 0.0
-    return out
+    counts = _ngram_counts([*left, *right])
+    ours, theirs = counts[: len(left)], counts[len(left) :]
+    # Whole numbers as long as they can be: identical code is 1.0 to the bit.
+    norms = np.sqrt(np.outer((ours**2).sum(axis=1), (theirs**2).sum(axis=1)))
+    return np.divide(ours @ theirs.T, norms, out=np.zeros_like(norms), where=norms > 0)
 
 
-def _ngrams(code: str) -> Counter:
-    tokens = _TOKEN.findall(code)
-    return Counter(
-        tuple(tokens[i : i + n])
-        for n in range(1, _LONGEST + 1)
-        for i in range(len(tokens) - n + 1)
-    )
+def _ngram_counts(codes: Sequence[str]) -> np.ndarray:
+    """How often each n-gram of any of them is in each. -> [codes, different n-grams]."""
+    numbers: dict[str, int] = {}
+    grams, owners = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+    for i, code in enumerate(codes):
+        found = [numbers.setdefault(t, len(numbers) + 1) for t in _TOKEN.findall(code)]
+        tokens = np.array(found, np.int64)
+        for n in range(1, min(_LONGEST, len(tokens)) + 1):
+            gram = np.zeros(len(tokens) - n + 1, np.int64)
+            for k in range(n):  # 21 bits a token; a shorter n-gram begins with zeros
+                gram = (gram << 21) | tokens[k : len(tokens) - n + 1 + k]
+            grams.append(gram)
+            owners.append(np.full(len(gram), i))
+    _, which = np.unique(np.concatenate(grams), return_inverse=True)
+    size = int(which.max(initial=-1)) + 1
+    places = np.concatenate(owners) * size + which
+    counts = np.bincount(places, minlength=len(codes) * size)
+    return counts.reshape(len(codes), size).astype(np.float64)
 
 
 def partial_credit(

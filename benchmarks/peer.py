@@ -1,0 +1,129 @@
+"""The update of `benchmarks.train` in PyTorch, with `transformers` and the same weights.
+
+What a careful user of PyTorch writes: trajectories sorted by length and padded to the longest
+of their micro-batch on the right, where causal attention needs no mask (so that PyTorch takes
+its fused kernel); logits of the sampled tokens alone; fused AdamW.
+"""
+
+import time
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.transformer import Params
+from gtpo_jax.model.weights import HF, LAYER, NAMES
+from gtpo_jax.rl.types import Batch
+
+
+class Peer:
+    """A model, its optimiser and the micro-batches: `take` a batch, then `run` updates."""
+
+    def __init__(
+        self, config: ModelConfig, params: Params, lr: float, micro_tokens: int
+    ) -> None:
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.dtype = getattr(torch, config.dtype)
+        self.micro_tokens = micro_tokens
+        self.model = _model(config, params).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True
+        )
+
+    def take(self, batch: Batch) -> None:
+        """Unpack rows to sequences, then batch them by length, `micro_tokens` at a time."""
+        names = ("tokens", "turn_ids", "advantages", "weights", "old_logprobs")
+        segments = [
+            {name: np.asarray(getattr(batch, name)[row][ids == segment]) for name in names}
+            for row, ids in enumerate(batch.segment_ids)
+            for segment in range(1, ids.max() + 1)
+        ]
+        groups: list[list[dict]] = [[]]
+        for segment in sorted(segments, key=lambda s: -len(s["tokens"])):
+            longest = len((groups[-1] or [segment])[0]["tokens"])
+            if (len(groups[-1]) + 1) * longest > self.micro_tokens:
+                groups.append([])
+            groups[-1].append(segment)
+        self.micros = [self._padded(group) for group in groups]
+        self.computed = sum(micro["tokens"].numel() for micro in self.micros)
+
+    def _padded(self, group: list[dict]) -> dict[str, torch.Tensor]:
+        longest = len(group[0]["tokens"])
+        fill = {"turn_ids": -1}
+        return {
+            name: torch.tensor(
+                np.stack(
+                    [
+                        np.pad(
+                            s[name],
+                            (0, longest - len(s[name])),
+                            constant_values=fill.get(name, 0),
+                        )
+                        for s in group
+                    ]
+                )
+            )
+            for name in group[0]
+        }
+
+    def run(self) -> tuple[float, float]:
+        """One update -> seconds, norm of the gradient."""
+        began = time.perf_counter()
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro in self.micros:
+            with torch.autocast(self.device, self.dtype, self.dtype != torch.float32):
+                self._loss({k: v.to(self.device) for k, v in micro.items()}).backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        value = norm.item()
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - began, value
+
+    def _loss(self, micro: dict[str, torch.Tensor]) -> torch.Tensor:
+        """sum(weights * ppo_clip) over the sampled tokens, each scored one position before."""
+        hidden = self.model.model(micro["tokens"], use_cache=False).last_hidden_state
+        sampled = micro["turn_ids"][:, 1:] >= 0
+        logits = self.model.lm_head(hidden[:, :-1][sampled]).float()
+        targets, advantages, weights, old = (
+            micro[name][:, 1:][sampled]
+            for name in ("tokens", "advantages", "weights", "old_logprobs")
+        )
+        logprobs = -torch.nn.functional.cross_entropy(logits, targets.long(), reduction="none")
+        ratio = torch.exp(logprobs - old)
+        surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
+        return -(weights * surrogate).sum()
+
+
+def _model(config: ModelConfig, params: Params) -> transformers.PreTrainedModel:
+    """The Hugging Face model of that shape with those weights."""
+    family = "Qwen2" if config.qkv_bias else "Qwen3" if config.qk_norm else "Llama"
+    settings = getattr(transformers, f"{family}Config")(
+        vocab_size=config.vocab_size,
+        hidden_size=config.width,
+        num_hidden_layers=config.layers,
+        num_attention_heads=config.heads,
+        num_key_value_heads=config.kv_heads,
+        head_dim=config.head_dim,
+        intermediate_size=config.hidden,
+        max_position_embeddings=config.max_length,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        tie_word_embeddings=config.tie_embeddings,
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    named = dict(model.named_parameters())
+    with torch.no_grad():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            name = "/".join(key.key for key in path)
+            values = np.asarray(leaf, np.float32)
+            if name.endswith("kernel") or name == "head":
+                values = values.swapaxes(-1, -2)
+            if not name.startswith("layers/"):
+                named[NAMES[name][HF]].copy_(torch.tensor(values))
+                continue
+            for layer, one in enumerate(values):
+                named[LAYER[HF].format(layer) + NAMES[name][HF]].copy_(torch.tensor(one))
+    return model
