@@ -14,7 +14,8 @@ attention's, each trajectory for itself (model/flops.py). What is computed a sec
 backward pass earns no credit.
 
 `--peer` does the same update in PyTorch (extra `parity`), alternating: the `transformers` model
-with the same weights, tokens and loss, `benchmarks.peer`. "peer_grad_norm" is its first gradient.
+with the same weights, tokens and loss, `benchmarks.peer`; "peer_grad_norm" is of its first
+gradient.
 """
 
 import argparse
