@@ -169,38 +169,93 @@ def logprobs(
 
     tokens, positions, segment_ids [R,T]; loss_index [R,M], positions of sampled tokens filled
     up with 0. Returns logprobs and entropies [R,T] in nats, float32; 0 where not listed.
-    Logits exist for about `chunk` tokens at a time and are made again in the backward pass,
-    so memory does not grow with T x V. Chunks run along M, so that rows still shard.
+    A device holds the logits of `chunk` tokens at a time, and makes them again in the backward
+    pass: so memory does not grow with T x V, and what is not listed costs nothing.
     """
-    rows, listed = loss_index.shape
+    (rows, length), groups = tokens.shape, layout.sharers
     model = Transformer(config, layout)
     hidden = model.apply({"params": params}, tokens, positions, segment_ids)
-    # Listed tokens of a row in one chunk, so that a device has about `chunk` of them.
-    width = min(listed, max(1, chunk * layout.sharers // rows))
-    index = jnp.pad(loss_index, ((0, 0), (0, -listed % width)))
-    source = jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)
-    target = jnp.take_along_axis(tokens, index, axis=1)
 
-    @jax.checkpoint
-    def score(chunk_hidden, chunk_target):  # [R,width,D], [R,width]
-        scaled = head(config, params, chunk_hidden) / temperature
-        total = jax.nn.logsumexp(scaled, axis=-1)
-        # Not a gather: the vocabulary may lie on several devices.
-        here = jnp.arange(scaled.shape[-1]) == chunk_target[..., None]
-        picked = jnp.sum(jnp.where(here, scaled, 0.0), axis=-1)
-        mean_logit = jnp.sum(jnp.exp(scaled - total[..., None]) * scaled, axis=-1)
-        return picked - total, jax.lax.stop_gradient(total - mean_logit)
+    def by_device(x):  # [R, n, ...] -> [G, R/G * n, ...]: the rows of a device, end to end
+        return x.reshape(groups, -1, *x.shape[2:])
 
-    def chunks(x):  # [R, n*width, ...] -> [n, R, width, ...]
-        return jnp.moveaxis(x.reshape(rows, -1, width, *x.shape[2:]), 1, 0)
+    # Listed tokens are moved to the front of their device's, so that chunks are full.
+    place = loss_index + length * (jnp.arange(rows) % (rows // groups))[:, None]
+    place, listed = by_device(place), by_device(loss_index > 0)
+    front = jnp.argsort(~listed, axis=1, stable=True)
+    index = jnp.take_along_axis(jnp.where(listed, place, 0), front, axis=1)
+    width = min(chunk, index.shape[1])
+    index = jnp.pad(index, ((0, 0), (0, -index.shape[1] % width)))
+    before = jnp.maximum(index - 1, 0)[..., None]
+    source = jnp.take_along_axis(by_device(hidden), before, axis=1)
+    target = jnp.take_along_axis(by_device(tokens), index, axis=1)
 
-    out = jax.lax.map(lambda args: score(*args), (chunks(source), chunks(target)))
-    # Position 0 is never a sampled token: the fill of `loss_index` lands there and is cleared.
+    def chunks(x):  # [G, n*width, ...] -> [n, G, width, ...]
+        return jnp.moveaxis(x.reshape(groups, -1, width, *x.shape[2:]), 1, 0)
+
+    used = -(-jnp.max(jnp.sum(listed, axis=1)) // width)
+    matrix = params["embed"] if config.tie_embeddings else params["head"].T
+    out = scores(temperature, matrix.astype(config.dtype), chunks(source), chunks(target), used)
+    # Position 0 is never a sampled token: the fill of `index` lands there and is cleared.
     return tuple(
-        jnp.zeros(tokens.shape, jnp.float32)
-        .at[jnp.arange(rows)[:, None], index]
-        .set(jnp.moveaxis(x, 0, 1).reshape(rows, -1))
+        jnp.zeros((groups, rows // groups * length), jnp.float32)
+        .at[jnp.arange(groups)[:, None], index]
+        .set(jnp.moveaxis(x, 0, 1).reshape(groups, -1))
+        .reshape(rows, length)
         .at[:, 0]
         .set(0.0)
         for x in out
     )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def scores(temperature, matrix, hidden, target, used):
+    """Log-probability and entropy of target [n,G,W] after hidden [n,G,W,D], [n,G,W] float32,
+    of the first `used` of n chunks, 0 for the rest; the entropy has no gradient. matrix [V,D].
+
+    The logits of one chunk exist at a time; the backward pass makes them again.
+    """
+    return _scores(temperature, matrix, hidden, target, used)[0]
+
+
+def _scores(temperature, matrix, hidden, target, used):
+    def step(i, out):
+        scaled = _product("gwd,vd->gwv", hidden[i], matrix) / temperature
+        total = jax.nn.logsumexp(scaled, axis=-1)
+        picked = jnp.sum(jnp.where(_here(target[i], scaled), scaled, 0.0), axis=-1)
+        mean_logit = jnp.sum(jnp.exp(scaled - total[..., None]) * scaled, axis=-1)
+        new = (picked - total, total - mean_logit, total)
+        return jax.tree.map(lambda o, x: o.at[i].set(x), out, new)
+
+    zeros = jnp.zeros(target.shape, jnp.float32)
+    logprobs, entropy, total = jax.lax.fori_loop(0, used, step, (zeros, zeros, zeros))
+    return (logprobs, entropy), (matrix, hidden, target, used, total)
+
+
+def _scores_backward(temperature, saved, cotangents):
+    matrix, hidden, target, used, total = saved
+    d_logprobs, _ = cotangents
+
+    def step(i, carry):
+        d_matrix, d_hidden = carry
+        scaled = _product("gwd,vd->gwv", hidden[i], matrix) / temperature
+        d = _here(target[i], scaled) - jnp.exp(scaled - total[i][..., None])
+        d = (d * d_logprobs[i][..., None] / temperature).astype(matrix.dtype)
+        d_hidden = d_hidden.at[i].set(_product("gwv,vd->gwd", d, matrix).astype(hidden.dtype))
+        return d_matrix + _product("gwv,gwd->vd", d, hidden[i]), d_hidden
+
+    zeros = jnp.zeros(matrix.shape, jnp.float32), jnp.zeros_like(hidden)
+    d_matrix, d_hidden = jax.lax.fori_loop(0, used, step, zeros)
+    return d_matrix.astype(matrix.dtype), d_hidden, None, None
+
+
+scores.defvjp(_scores, _scores_backward)
+
+
+def _product(letters, a, b):
+    return jnp.einsum(letters, a, b, preferred_element_type=jnp.float32)
+
+
+def _here(target, scaled):
+    # Not a gather: the vocabulary may lie on several devices.
+    return jnp.arange(scaled.shape[-1]) == target[..., None]

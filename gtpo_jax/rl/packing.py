@@ -138,14 +138,8 @@ def pack_segments(
 
 
 def loss_index(turn_ids: np.ndarray) -> np.ndarray:
-    """Positions of sampled tokens, per row, filled with 0. [R,T] -> [R,M].
-
-    M is three quarters of T where that is enough, else T: two shapes, so two compilations.
-    """
-    length = turn_ids.shape[1]
-    widest = int((turn_ids >= 0).sum(axis=1).max())
-    width = -(-3 * length // 4)
-    index = np.zeros((len(turn_ids), width if widest <= width else length), np.int32)
+    """Positions of sampled tokens, per row, filled up with 0. [R,T] -> [R,T]."""
+    index = np.zeros(turn_ids.shape, np.int32)
     for r, row in enumerate(turn_ids):
         sampled = np.flatnonzero(row >= 0)
         index[r, : len(sampled)] = sampled

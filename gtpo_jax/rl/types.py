@@ -78,7 +78,7 @@ class Batch(NamedTuple):
     positions: Array  # [R, T] int32, from 0 within each segment
     segment_ids: Array  # [R, T] int32
     turn_ids: Array  # [R, T] int32
-    loss_index: Array  # [R, M] int32
+    loss_index: Array  # [R, M] int32, here M = T
     advantages: Array  # [R, T] float32
     weights: Array  # [R, T] float32
     behaviour_logprobs: Array  # [R, T] float32
