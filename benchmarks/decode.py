@@ -64,22 +64,11 @@ def ours(config, params, slots: int, context: int, prompts: np.ndarray, new: int
 def theirs(config: ModelConfig, prompts: np.ndarray, new: int) -> Callable:
     """Hugging Face's `generate`; seconds of all."""
     import torch
-    import transformers
 
-    made = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.hidden,
-        max_position_embeddings=config.max_length,
-        attention_bias=config.qkv_bias,
-        tie_word_embeddings=config.tie_embeddings,
-    )
+    from benchmarks.peer import hugging_face
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = transformers.LlamaForCausalLM(made).to(device, getattr(torch, config.dtype)).eval()
+    model = hugging_face(config).to(device, getattr(torch, config.dtype)).eval()
     ids = torch.tensor(prompts, device=device)
 
     def generate() -> float:

@@ -27,7 +27,7 @@ class Peer:
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = getattr(torch, config.dtype)
         self.micro_tokens = micro_tokens
-        self.model = _model(config, params).to(self.device)
+        self.model = _with_weights(config, params).to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True
         )
@@ -97,8 +97,8 @@ class Peer:
         return -(weights * surrogate).sum()
 
 
-def _model(config: ModelConfig, params: Params) -> transformers.PreTrainedModel:
-    """The Hugging Face model of that shape with those weights."""
+def hugging_face(config: ModelConfig) -> transformers.PreTrainedModel:
+    """The Hugging Face model of that shape, with random weights."""
     family = "Qwen2" if config.qkv_bias else "Qwen3" if config.qk_norm else "Llama"
     settings = getattr(transformers, f"{family}Config")(
         vocab_size=config.vocab_size,
@@ -113,7 +113,12 @@ def _model(config: ModelConfig, params: Params) -> transformers.PreTrainedModel:
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         tie_word_embeddings=config.tie_embeddings,
     )
-    model = getattr(transformers, f"{family}ForCausalLM")(settings)
+    return getattr(transformers, f"{family}ForCausalLM")(settings)
+
+
+def _with_weights(config: ModelConfig, params: Params) -> transformers.PreTrainedModel:
+    """The same with those weights."""
+    model = hugging_face(config)
     named = dict(model.named_parameters())
     with torch.no_grad():
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):

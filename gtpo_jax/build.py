@@ -123,7 +123,7 @@ def policy(config: ConfigDict, workdir: Path) -> Policy:
         made = published(config, m.source)
     else:
         made = _fresh(config)
-    made = _as_trained(config, made)
+    made = _with_adapters(config, made)
     if parallel.speaks():
         workdir.mkdir(parents=True, exist_ok=True)
         made.tokenizer.save(workdir / "tokenizer")
@@ -132,9 +132,9 @@ def policy(config: ConfigDict, workdir: Path) -> Policy:
     return made
 
 
-def _as_trained(config: ConfigDict, made: Policy) -> Policy:
-    """The same policy, computed as the config says, with adapters where it has a rank. Those
-    of another run go on being trained if they are alike, and are merged if not."""
+def _with_adapters(config: ConfigDict, made: Policy) -> Policy:
+    """The same policy as `as_trained` describes it. Adapters of another run go on being trained
+    if they are alike, and are merged if not."""
     model = as_trained(config, made.config)
     adapters = [f.name for f in dataclasses.fields(model) if f.name.startswith("lora_")]
     if all(getattr(made.config, name) == getattr(model, name) for name in adapters):

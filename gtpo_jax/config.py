@@ -5,6 +5,7 @@ A run's config is this one, overridden by a file in configs/ and then by the com
 """
 
 import difflib
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -254,6 +255,12 @@ def options_for(function: Callable, options: ConfigDict, what: str) -> dict[str,
                 "--config=configs/tiny.py:rloo"
             )
     return options.to_dict()
+
+
+def named(table: dict[str, Callable], chosen: ConfigDict, what: str) -> Callable:
+    """The function of that name with its options bound."""
+    function = known(table, chosen.name, what)
+    return functools.partial(function, **options_for(function, chosen.options, what))
 
 
 def validate(config: ConfigDict) -> None:

@@ -102,7 +102,7 @@ def engine(
     )
 
 
-def slots_that_fit(model: ModelConfig, length: int, dtype: str, free: int) -> int:
+def slots_that_fit(model: ModelConfig, length: int, dtype: str, free: float) -> int:
     """How many slots of `length` tokens `free` bytes hold, beside the engine's own copy of the
     weights and with half as much again to work."""
     shapes = jax.eval_shape(lambda: transformer.init(model, 0))

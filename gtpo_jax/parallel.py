@@ -119,7 +119,7 @@ class Parallel:
     @property
     def sharers(self) -> int:
         """How many devices, or groups of `tensor` of them, share the rows."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return Layout(self.mesh).sharers
 
     @property
     def layout(self) -> Layout:
@@ -255,7 +255,7 @@ def sharding(
     if not shape:
         return NamedSharding(mesh, P())
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    cut = next((cut for pattern, cut in RULES if re.search(pattern + "$", name)), None)
+    cut = next((cut for pattern, cut in RULES if re.search(f"(?:{pattern})$", name)), None)
     if cut is None:
         raise ValueError(f"no rule of parallel.RULES says how {name!r} lies on devices")
     spec = [None] * (len(shape) - len(cut)) + [a if a in axes else None for a in cut]

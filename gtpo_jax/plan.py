@@ -14,7 +14,6 @@ and caches have to find room.
 """
 
 import dataclasses
-import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,8 +27,9 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from gtpo_jax import build, collectives, parallel
-from gtpo_jax.config import options_for, parse_command, validate
+from gtpo_jax.config import named, parse_command, validate
 from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.generation import slots_that_fit
 from gtpo_jax.model import flops, lora, transformer, weights
 from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.config import ModelConfig
@@ -37,10 +37,10 @@ from gtpo_jax.model.engine import Engine
 from gtpo_jax.model.programs import compiled
 from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.parallel import Parallel, engine_mesh
+from gtpo_jax.rl.learn import prepare
 from gtpo_jax.rl.losses import LOSSES
 from gtpo_jax.rl.types import Batch
-from gtpo_jax.rl.update import TrainState, make_optimizer
-from gtpo_jax.rl.update import build as build_update
+from gtpo_jax.rl.update import TrainState
 
 FLAGS: dict[str, tuple[Any, str]] = {"topology": ("", "such as v5e:4x4 or cpu:8")}
 GIB = flops.GIB
@@ -156,8 +156,8 @@ def plan(config: ConfigDict, name: str) -> Plan:
     token = 2 * model.layers * model.kv_heads * model.head_dim / p.tensor
     token *= jnp.dtype(r.cache_dtype or model.dtype).itemsize
     most = -(-r.problems // devices.sharers) * r.samples
-    free = 0.95 * device.memory - sum(resident.values()) - own / p.tensor
-    slots = r.slots or max(0, min(most, int(free / (1.5 * token * length))))
+    free = p.tensor * (0.95 * device.memory - sum(resident.values()))
+    slots = r.slots or min(most, slots_that_fit(model, length, r.cache_dtype, free))
     sampling: dict[str, float] = {
         "weights": own / p.tensor,
         "caches": slots * length * token,
@@ -203,20 +203,8 @@ def described(config: ConfigDict) -> ModelConfig:
 
 def abstract_update(config: ConfigDict, model: ModelConfig, devices: Parallel):
     """The training state as shapes on the devices, and the functions of an update."""
-    optimizer = make_optimizer(steps=config.steps, **config.optim)
-    loss = functools.partial(
-        LOSSES[config.loss.name],
-        **options_for(LOSSES[config.loss.name], config.loss.options, "loss"),
-    )
-    update = build_update(
-        model,
-        loss,
-        optimizer,
-        devices,
-        config.learn.micro_rows,
-        config.rollout.temperature,
-        config.learn.logprob_chunk,
-    )
+    loss = named(LOSSES, config.loss, "loss")
+    optimizer, update = prepare(config, model, loss, devices)
     shapes = jax.eval_shape(lambda: transformer.init(model, 0))
     trained, frozen = (_placed(devices, part) for part in lora.split(model, shapes))
     moments = _placed(devices, jax.eval_shape(optimizer.init, trained))

@@ -10,7 +10,6 @@ A run starts in one of four ways, in this order:
 """
 
 import contextlib
-import functools
 import json
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from ml_collections import ConfigDict
 
 from gtpo_jax import build, parallel
 from gtpo_jax.checkpoint import Checkpoints
-from gtpo_jax.config import known, options_for, parse_command, validate
+from gtpo_jax.config import known, named, parse_command, validate
 from gtpo_jax.errors import Diverged, InputError, run_command
 from gtpo_jax.evaluate import evaluate, rollout_metrics
 from gtpo_jax.generation import Generation, sampler
@@ -31,13 +30,12 @@ from gtpo_jax.metrics import CompileCounter, MetricsLog, drop_from_step
 from gtpo_jax.model import lora
 from gtpo_jax.rl import record
 from gtpo_jax.rl.advantages import ADVANTAGES, discounted_returns, equal_groups
-from gtpo_jax.rl.learn import learn
+from gtpo_jax.rl.learn import learn, prepare
 from gtpo_jax.rl.losses import LOSSES
 from gtpo_jax.rl.rewards import score as score_rewards
 from gtpo_jax.rl.rollout import collect
 from gtpo_jax.rl.shaping import SIMILARITIES
-from gtpo_jax.rl.update import TrainState, make_optimizer, start
-from gtpo_jax.rl.update import build as build_update
+from gtpo_jax.rl.update import TrainState, start
 from gtpo_jax.tasks import get_task
 from gtpo_jax.tasks.overlap import overlap
 
@@ -73,19 +71,7 @@ def run(
         # ---- model -------------------------------------------------------------------------
         policy = build.policy(config, workdir)
         build.check_prompts(config, policy, problems + held_out)
-        optimizer = make_optimizer(
-            steps=config.steps * config.learn.epochs * config.learn.minibatches,
-            **config.optim,
-        )
-        update = build_update(
-            policy.config,
-            loss,
-            optimizer,
-            devices,
-            config.learn.micro_rows,
-            config.rollout.temperature,
-            config.learn.logprob_chunk,
-        )
+        optimizer, update = prepare(config, policy.config, loss, devices)
         state = start(policy.config, policy.params, optimizer, devices)
         wants_reference = config.loss.options.get("kl_coef", 0.0) > 0
         reference = jax.tree.map(jnp.copy, state[:2]) if wants_reference else None
@@ -192,12 +178,6 @@ def run(
                 )
         log.close()
     return state
-
-
-def named(table: dict[str, Callable], chosen: ConfigDict, what: str) -> Callable:
-    """The function of that name with its options bound."""
-    function = known(table, chosen.name, what)
-    return functools.partial(function, **options_for(function, chosen.options, what))
 
 
 def gamma_of(config: ConfigDict) -> float:

@@ -5,18 +5,20 @@ one, is scored once, before the first update.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from gtpo_jax.model import flops
 from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.parallel import Parallel
 from gtpo_jax.rl.packing import pack
 from gtpo_jax.rl.types import Batch, Trajectory
-from gtpo_jax.rl.update import TrainState, Update
+from gtpo_jax.rl.update import TrainState, Update, build, make_optimizer
 
 
 class Learned(NamedTuple):
@@ -25,6 +27,25 @@ class Learned(NamedTuple):
     state: TrainState
     metrics: dict[str, float]
     skipped: list[list[str]]
+
+
+def prepare(
+    config: ConfigDict, model: ModelConfig, loss: Callable, devices: Parallel
+) -> tuple[optax.GradientTransformation, Update]:
+    """The optimiser and the update that a config asks for."""
+    optimizer = make_optimizer(
+        steps=config.steps * config.learn.epochs * config.learn.minibatches, **config.optim
+    )
+    update = build(
+        model,
+        loss,
+        optimizer,
+        devices,
+        config.learn.micro_rows,
+        config.rollout.temperature,
+        config.learn.logprob_chunk,
+    )
+    return optimizer, update
 
 
 def learn(
