@@ -357,6 +357,6 @@ def test_a_run_goes_on_with_other_devices(tmp_path):
             got = checkpoints.restore(like, 1)[0]["params"]["w"]
         assert got.sharding == like["params"]["w"].sharding
         np.testing.assert_array_equal(got, values)
-        like = {"params": jax.eval_shape(lambda: state["params"])}
-        params = load_params(tmp_path / run, like)["params"]
+        shapes = {"params": jax.eval_shape(lambda: state["params"])}
+        params = load_params(tmp_path / run, shapes)["params"]
         np.testing.assert_array_equal(params["w"], values)
