@@ -109,7 +109,8 @@ with Checkpoints(Path(sys.argv[3])) as checkpoints:
         checkpoints.save(step, state(step), {"seed": 1, "step": step}, score=1 / step)
 like = {"sharded": jax.ShapeDtypeStruct((400, 10), np.float32)}
 like["replicated"] = like["sharded"]
-assert load_params(Path(sys.argv[3]), like)["sharded"][0, 0] == newest_step(Path(sys.argv[3]))
+params = load_params(Path(sys.argv[3]), {"params": like})["params"]
+assert params["sharded"][0, 0] == newest_step(Path(sys.argv[3]))
 """
 
 
