@@ -69,11 +69,13 @@ def trajectories(
     return made
 
 
-def ours(config, params, batch: Batch, lr: float, micro_rows: int) -> tuple[Callable, Batch]:
+def ours(
+    config, params, batch: Batch, lr: float, micro_rows: int, chunk: int
+) -> tuple[Callable, Batch]:
     """A function that updates, and gives seconds and metrics; the batch with old logprobs."""
     devices = parallel.make("mesh")
     optimizer = make_optimizer("adamw", lr, steps=1)
-    update = build(config, ppo_clip, optimizer, devices, micro_rows)
+    update = build(config, ppo_clip, optimizer, devices, micro_rows, chunk=chunk)
     state = start(config, params, optimizer, devices)
     old = update.score(state.params, state.frozen, update.rows(batch))
     batch = batch._replace(old_logprobs=np.concatenate([devices.fetch(x) for x in old]))
@@ -106,6 +108,7 @@ def main() -> None:
     parser.add_argument("--median", type=int, default=300, help="tokens of a trajectory")
     parser.add_argument("--row_tokens", type=int, default=640)
     parser.add_argument("--micro_rows", type=int, default=2)
+    parser.add_argument("--logprob_chunk", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", help="of products; weights are float32")
     parser.add_argument("--unroll", type=int, default=1, help="layers in a scan's iteration")
     parser.add_argument("--remat", default="none", choices=REMAT)
@@ -140,7 +143,9 @@ def main() -> None:
 
         peer = Peer(config, params, options.lr, options.micro_rows * options.row_tokens)
     began = time.perf_counter()
-    run, batch = ours(config, params, batch, options.lr, options.micro_rows)
+    run, batch = ours(
+        config, params, batch, options.lr, options.micro_rows, options.logprob_chunk
+    )
     _, first = run()
     compiled = time.perf_counter() - began
     peak, whose = peak_bytes()
