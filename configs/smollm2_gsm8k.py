@@ -11,7 +11,7 @@ from a folder with train.jsonl and test.jsonl, or from the hub (`pip install gtp
     python -m gtpo_jax.train --config=configs/smollm2_gsm8k.py:gtpo \
         --workdir=runs/smollm2 --config.model.init_from=runs/smollm2/sft  full size, a GPU
 
-The argument is `cpu` or a name of gtpo_jax.config.ALGORITHMS.
+The argument is a name of gtpo_jax.config.ALGORITHMS, `cpu`, or `cpu:` and such a name.
 """
 
 from gtpo_jax.config import default, with_algorithm
@@ -19,7 +19,8 @@ from gtpo_jax.config import default, with_algorithm
 
 def get_config(argument: str | None = None):
     """Full size, or with `cpu` three steps of 4 problems x 4 samples, then 16 problems."""
-    small = argument == "cpu"
+    first, _, rest = (argument or "").partition(":")
+    small = first == "cpu"
     config = default()
     config.steps = 3 if small else 300
     config.eval_every = 1000 if small else 25
@@ -60,4 +61,4 @@ def get_config(argument: str | None = None):
 
     config.optim.lr = 1e-6
     config.optim.warmup = 0 if small else 10
-    return with_algorithm(config, None if small else argument)
+    return with_algorithm(config, (rest or None) if small else argument)

@@ -1,0 +1,2 @@
+"""Controlled comparisons: which arms (`studies`), running them (`run`), what came out
+(`report`)."""

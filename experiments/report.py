@@ -1,0 +1,400 @@
+"""What a study says: its table, differences by seed and by problem, curves, and a verdict.
+
+    python -m experiments.report --study=main_math --preset=tiny --root=runs/experiments
+
+takes what the finished runs in ROOT wrote down (manifest, metrics, how many answers were right)
+to experiments/results/PRESET/ARM/seedN, and makes experiments/results/STUDY-PRESET/report.md,
+report.html and curves.png from what lies there. Without --root it makes them from that alone.
+
+The primary outcomes were fixed before any run: held-out accuracy, its mean over the evaluations
+after step 0, and the last one.
+"""
+
+import argparse
+import gzip
+import json
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import claims, page, statistics
+from experiments.studies import ARMS, PRESETS, STUDIES, Study
+from gtpo_jax.config import known
+from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.statistics import Interval
+
+RESULTS = Path(__file__).parent / "results"
+OUTCOMES = {
+    "mean": "held-out accuracy, mean over training",
+    "final": "held-out accuracy, final",
+}
+SMALL = 0.03  # the difference that a study should be able to see
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed, as it was written down."""
+
+    manifest: Mapping[str, Any]
+    evals: Sequence[Mapping[str, Any]]
+    trains: Sequence[Mapping[str, Any]]
+    problems: Mapping[tuple[str, str], float]  # benchmark, problem -> share of right answers
+
+    def accuracy(self, which: str) -> float:
+        """The primary outcomes."""
+        values = [line["eval/accuracy"] for line in self.evals if line["step"] > 0]
+        return float(np.mean(values)) if which == "mean" else values[-1]
+
+    def total(self, key: str) -> float:
+        return float(sum(line[key] for line in self.trains))
+
+    def mean(self, key: str) -> float:
+        return float(np.mean([line[key] for line in self.trains]))
+
+
+def collect(root: Path, preset: str, arms: Sequence[str]) -> None:
+    """Copy what the finished runs of these arms wrote down, and what their answers earned."""
+    for arm in arms:
+        for folder in sorted((root / preset / arm).glob("seed*")):
+            if not claims.done(folder):
+                continue
+            seed, _, benchmark = folder.name.partition("-")
+            target = RESULTS / preset / arm / seed
+            target.mkdir(parents=True, exist_ok=True)
+            if benchmark:
+                shutil.copy(folder / "outcome.json", target / f"{benchmark}.json")
+                continue
+            shutil.copy(folder / "manifest.json", target)
+            lines = (folder / "metrics.jsonl").read_bytes()
+            # No time of day in it: the same run gives the same file.
+            (target / "metrics.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
+
+
+def load(preset: str, arm: str, benchmarks: Sequence[str]) -> dict[int, Run]:
+    """Seed -> run, of those that are whole."""
+    runs = {}
+    for folder in sorted((RESULTS / preset / arm).glob("seed*")):
+        answered = {name: folder / f"{name}.json" for name in benchmarks}
+        parts = (folder / "manifest.json", folder / "metrics.jsonl.gz", *answered.values())
+        if not all(path.exists() for path in parts):
+            continue
+        text = gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).decode()
+        lines = [json.loads(line) for line in text.splitlines()]
+        runs[int(folder.name.removeprefix("seed"))] = Run(
+            json.loads((folder / "manifest.json").read_text(encoding="utf-8")),
+            [line for line in lines if line["phase"] == "eval"],
+            [line for line in lines if line["phase"] == "train"],
+            {
+                (benchmark, problem): right / count
+                for benchmark, path in answered.items()
+                for problem, (right, count) in json.loads(path.read_text()).items()
+            },
+        )
+    return runs
+
+
+def paired(runs: Mapping[str, Mapping[int, Run]]) -> list[int]:
+    """The seeds that all arms have. Raises InputError where runs of a seed are no pair: made
+    by other code, of other data, or from another cold start."""
+    seeds = sorted(set.intersection(*(set(of_arm) for of_arm in runs.values())))
+    for seed in seeds:
+        (first, one), *others = ((arm, of_arm[seed]) for arm, of_arm in runs.items())
+        for arm, run in others:
+            for part in ("data", "code", "versions"):
+                if run.manifest[part] != one.manifest[part]:
+                    raise InputError(
+                        f"seed {seed}: {arm} and {first} are of different {part}, so they are "
+                        "no pair: run both with the same"
+                    )
+            if run.evals[0]["eval/accuracy"] != one.evals[0]["eval/accuracy"]:
+                raise InputError(
+                    f"seed {seed}: {arm} and {first} differ before their first step: not from "
+                    "the same cold start"
+                )
+    return seeds
+
+
+def verdict(names: tuple[str, str], of: statistics.Paired, needed: int | None) -> str:
+    """In words, and honest about no difference seen. In percentage points."""
+    first, second = names
+    value, low, high = (100 * x for x in of.difference)
+    seen = f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    if math.isnan(low):
+        said = f"one seed tells nothing: {value:+.1f} points"
+    elif low > 0:
+        said = f"{first} is above {second}: {seen}"
+    elif high < 0:
+        said = f"{first} is below {second}: {seen}"
+    else:
+        said = (
+            f"no difference seen between {first} and {second}: {seen}; one beyond "
+            f"{max(-low, high):.1f} points is unlikely"
+        )
+    if needed is None:
+        return said + "."
+    return (
+        said + f". {needed} seeds would be needed to see a {100 * SMALL:.0f}-point difference."
+    )
+
+
+def accuracies(run: Run) -> dict[str, float]:
+    """Benchmark -> accuracy of the answers drawn when the run had ended."""
+    names = sorted({benchmark for benchmark, _ in run.problems})
+    return {
+        name: float(np.mean([v for (b, _), v in run.problems.items() if b == name]))
+        for name in names
+    }
+
+
+def build(name: str, preset: str) -> tuple[list[page.Block], dict[str, Any]]:
+    """The report's blocks, and the runs of each arm."""
+    study, asked = STUDIES[name], f"--study={name} --preset={preset}"
+    runs = {arm: load(preset, arm, study.benchmarks[preset]) for arm in study.arms}
+    if missing := [arm for arm, of_arm in runs.items() if not of_arm]:
+        raise InputError(
+            f"no finished runs of {', '.join(missing)} in {RESULTS / preset}: "
+            f"python -m experiments.run {asked}, then this with --root"
+        )
+    seeds = paired(runs)
+    if not seeds:
+        there = {arm: list(of_arm) for arm, of_arm in runs.items()}
+        raise InputError(f"no seed has all arms of {name}: there are {there}")
+    of = {arm: [runs[arm][seed] for seed in seeds] for arm in study.arms}
+    first = study.contrasts[0]
+    differences = {
+        pair: {
+            which: statistics.by_seed(
+                [run.accuracy(which) for run in of[pair[0]]],
+                [run.accuracy(which) for run in of[pair[1]]],
+            )
+            for which in OUTCOMES
+        }
+        for pair in study.contrasts
+    }
+    spread = [
+        a.accuracy("mean") - b.accuracy("mean")
+        for a, b in zip(of[first[0]], of[first[1]], strict=True)
+    ]
+    manifest = of[study.arms[0]][0].manifest
+    blocks = [
+        page.Title(f"{name}, {preset}"),
+        page.Text(
+            f"{study.question} {PRESETS[preset].about.capitalize()}; {len(seeds)} seeds."
+        ),
+        page.Text(
+            "**Verdict** (mean held-out accuracy over training, the primary outcome): "
+            + verdict(first, differences[first]["mean"], statistics.seeds_needed(spread, SMALL))
+        ),
+        page.Text("Final accuracy: " + verdict(first, differences[first]["final"], None)),
+        page.Heading("Arms: mean over seeds and 95% interval"),
+        page.Table(*_table(of)),
+        page.Heading("Differences, paired by seed"),
+        page.Text(
+            "Percentage points, Student's 95% interval over seeds; how many seeds are above "
+            "and below, and the two-sided sign test. Only the first line was the question: "
+            "the more lines, the likelier that one of them is chance."
+        ),
+        page.Table(*_differences(differences)),
+        page.Heading("Differences, paired by problem"),
+        page.Text(
+            f"Of the answers drawn after the last step ({PRESETS[preset].samples} a problem): "
+            "bootstrap over problems. It knows other problems, not other seeds."
+        ),
+        page.Table(*_by_problem(study, of)),
+        page.Heading("Curves"),
+        page.Image(
+            "curves.png", "Held-out accuracy and turns over training, a band for the seeds"
+        ),
+        page.Heading("What each arm used"),
+        page.Table(*_used(of)),
+        *(_overhead(of) if name == "overhead" else []),
+        page.Heading("How it was made"),
+        page.Code(
+            f"python -m experiments.run {asked} --seeds={len(seeds)}\n"
+            f"python -m experiments.report {asked}"
+        ),
+        page.Text(
+            f"On {manifest['device']}, Python {manifest['versions']['python']}, JAX "
+            f"{manifest['versions']['jax']}, commit {manifest['commit'][:10]}; every run's "
+            f"config, versions, data and command are in results/{preset}/ARM/seedN."
+        ),
+    ]
+    return blocks, of
+
+
+def _table(of: Mapping[str, Sequence[Run]]):
+    benchmarks = list(accuracies(next(iter(of.values()))[0]))
+    head = ["arm", "before", "mean over training", "final", *benchmarks, "reward and advantage"]
+    rows = []
+    for arm, runs in of.items():
+        after = [accuracies(run) for run in runs]
+        columns = [
+            [run.evals[0]["eval/accuracy"] for run in runs],
+            *([run.accuracy(which) for run in runs] for which in OUTCOMES),
+            *([one[name] for one in after] for name in benchmarks),
+        ]
+        shown = [_share(statistics.t_interval(column)) for column in columns]
+        rows.append([arm, *shown, ARMS[arm].formula])
+    return head, rows
+
+
+def _differences(differences):
+    head = ["", *(title for title in OUTCOMES.values()), "seeds above, below", "p"]
+    return head, [
+        [
+            f"{a} - {b}",
+            *(_points(by[which].difference) for which in OUTCOMES),
+            f"{by['mean'].higher}, {by['mean'].lower}",
+            f"{by['mean'].p:.3f}",
+        ]
+        for (a, b), by in differences.items()
+    ]
+
+
+def _by_problem(study: Study, of: Mapping[str, Sequence[Run]]):
+    benchmarks = list(accuracies(next(iter(of.values()))[0]))
+    rows = []
+    for a, b in study.contrasts:
+        for name in benchmarks:
+            found: dict[str, list[float]] = {}
+            for one, other in zip(of[a], of[b], strict=True):
+                for (benchmark, problem), value in one.problems.items():
+                    if benchmark == name and (name, problem) in other.problems:
+                        found.setdefault(problem, []).append(
+                            value - other.problems[name, problem]
+                        )
+            by = statistics.by_problem([float(np.mean(values)) for values in found.values()])
+            counts = f"{by.higher}, {by.lower} of {len(found)}"
+            rows.append([f"{a} - {b}", name, _points(by.difference), counts, f"{by.p:.3f}"])
+    return ["", "benchmark", "points", "problems above, below", "p"], rows
+
+
+def _used(of: Mapping[str, Sequence[Run]]):
+    head = ["arm", "seconds a run", "tokens trained on", "turns, first 5 steps", "last 5 steps",
+            "failing calls, first 5", "invalid calls, first 5"]  # fmt: skip
+    rows = []
+    for arm, runs in of.items():
+        turns = [[line["rollout/turns_mean"] for line in run.trains] for run in runs]
+        early = [run.trains[:5] for run in runs]
+        rows.append(
+            [
+                arm,
+                _number(statistics.t_interval([run.total("time/step") for run in runs]), ".0f"),
+                _number(
+                    statistics.t_interval([run.total("train/tokens") for run in runs]), ",.0f"
+                ),
+                _number(statistics.t_interval([np.mean(t[:5]) for t in turns]), ".2f"),
+                _number(statistics.t_interval([np.mean(t[-5:]) for t in turns]), ".2f"),
+                *(
+                    _share(
+                        statistics.t_interval(
+                            [np.mean([line[key] for line in lines]) for lines in early]
+                        )
+                    )
+                    for key in ("tool/error_rate", "tool/invalid_rate")
+                ),
+            ]
+        )
+    return head, rows
+
+
+def _overhead(of: Mapping[str, Sequence[Run]]) -> list[page.Block]:
+    """GTPO's step time over GRPO's, seed by seed; a token's too, for lengths differ."""
+
+    def ratio(key: str | None) -> Interval:
+        def cost(run: Run) -> float:
+            return run.total("time/step") / (run.total(key) if key else len(run.trains))
+
+        pairs = zip(of["gtpo"], of["grpo"], strict=True)
+        logs = statistics.t_interval([math.log(cost(a) / cost(b)) for a, b in pairs])
+        return Interval(*(math.exp(x) - 1 for x in logs))
+
+    return [
+        page.Heading("What GTPO adds to a step's time"),
+        page.Text(
+            f"A step of gtpo takes {_signed(ratio(None))} against grpo's, a token that is "
+            f"trained on {_signed(ratio('train/tokens'))} (geometric mean over seeds, 95% "
+            "interval). What the credit itself takes, without rollouts that differ: "
+            "`python -m benchmarks.overhead`."
+        ),
+    ]
+
+
+def _share(x: Interval) -> str:
+    return _number(Interval(*(100 * v for v in x)), ".1f", "%")
+
+
+def _points(x: Interval) -> str:
+    return _number(Interval(*(100 * v for v in x)), "+.1f")
+
+
+def _signed(x: Interval) -> str:
+    return _number(Interval(*(100 * v for v in x)), "+.1f", "%")
+
+
+def _number(x: Interval, form: str, unit: str = "") -> str:
+    if math.isnan(x.low):
+        return f"{x.value:{form}}{unit}"
+    return f"{x.value:{form}}{unit} [{x.low:{form}}, {x.high:{form}}]"
+
+
+def draw(of: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Held-out accuracy and turns: the mean over seeds, and Student's 95% band."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
+    for number, (arm, runs) in enumerate(of.items()):
+        steps = [line["step"] for line in runs[0].evals]
+        held_out = np.array([[line["eval/accuracy"] for line in run.evals] for run in runs])
+        turns = np.array([[line["rollout/turns_mean"] for line in run.trains] for run in runs])
+        for axis, x, values in (
+            (axes[0], steps, 100 * held_out),
+            (axes[1], range(turns.shape[1]), turns),
+        ):
+            bands = [statistics.t_interval(column) for column in values.T]
+            axis.plot(x, [b.value for b in bands], color=f"C{number}", label=arm)
+            low, high = [b.low for b in bands], [b.high for b in bands]
+            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.12, lw=0)
+    axes[0].set(title="held-out accuracy, %", xlabel="step")
+    axes[1].set(title="turns per trajectory, training", xlabel="step")
+    axes[0].legend(loc="lower right")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Make the report of a study."""
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--study", required=True, help=", ".join(STUDIES))
+    parser.add_argument("--preset", required=True, help=", ".join(PRESETS))
+    parser.add_argument("--root", type=Path, help="take the finished runs of this folder first")
+    options = parser.parse_args()
+    study = known(STUDIES, options.study, "study")
+    known(PRESETS, options.preset, "preset")
+    if options.root:
+        collect(options.root, options.preset, study.arms)
+    blocks, of = build(options.study, options.preset)
+    folder = RESULTS / f"{options.study}-{options.preset}"
+    folder.mkdir(parents=True, exist_ok=True)
+    draw(of, folder / "curves.png")
+    (folder / "report.md").write_text(page.markdown(blocks), encoding="utf-8")
+    (folder / "report.html").write_text(page.html(blocks, folder), encoding="utf-8")
+    print(f"{folder / 'report.md'}, report.html, curves.png")
+
+
+if __name__ == "__main__":
+    run_command(main)
