@@ -3,7 +3,7 @@
     python -m experiments.report --study=main_math --preset=tiny --root=runs/experiments
 
 takes what the finished runs in ROOT wrote down (manifest, metrics, how many answers were right)
-to experiments/results/PRESET/ARM/seedN, and makes experiments/results/STUDY-PRESET/report.md,
+to experiments/results/PRESET/ARM/seedN, and makes experiments/results/STUDY-PRESET/README.md,
 report.html and curves.png from what lies there. Without --root it makes them from that alone.
 
 The primary outcomes were fixed before any run: held-out accuracy, its mean over the evaluations
@@ -11,112 +11,25 @@ after step 0, and the last one.
 """
 
 import argparse
-import gzip
-import json
 import math
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments import claims, page, statistics
+from experiments import page, results, statistics
+from experiments.results import Run, accuracies
 from experiments.studies import ARMS, PRESETS, STUDIES, Study
 from gtpo_jax.config import known
 from gtpo_jax.errors import InputError, run_command
 from gtpo_jax.statistics import Interval
 
-RESULTS = Path(__file__).parent / "results"
 OUTCOMES = {
     "mean": "held-out accuracy, mean over training",
     "final": "held-out accuracy, final",
 }
 SMALL = 0.03  # the difference that a study should be able to see
-
-
-@dataclass(frozen=True)
-class Run:
-    """One arm with one seed, as it was written down."""
-
-    manifest: Mapping[str, Any]
-    evals: Sequence[Mapping[str, Any]]
-    trains: Sequence[Mapping[str, Any]]
-    problems: Mapping[tuple[str, str], float]  # benchmark, problem -> share of right answers
-
-    def accuracy(self, which: str) -> float:
-        """The primary outcomes."""
-        values = [line["eval/accuracy"] for line in self.evals if line["step"] > 0]
-        return float(np.mean(values)) if which == "mean" else values[-1]
-
-    def total(self, key: str) -> float:
-        return float(sum(line[key] for line in self.trains))
-
-    def mean(self, key: str) -> float:
-        return float(np.mean([line[key] for line in self.trains]))
-
-
-def collect(root: Path, preset: str, arms: Sequence[str]) -> None:
-    """Copy what the finished runs of these arms wrote down, and what their answers earned."""
-    for arm in arms:
-        for folder in sorted((root / preset / arm).glob("seed*")):
-            if not claims.done(folder):
-                continue
-            seed, _, benchmark = folder.name.partition("-")
-            target = RESULTS / preset / arm / seed
-            target.mkdir(parents=True, exist_ok=True)
-            if benchmark:
-                shutil.copy(folder / "outcome.json", target / f"{benchmark}.json")
-                continue
-            shutil.copy(folder / "manifest.json", target)
-            lines = (folder / "metrics.jsonl").read_bytes()
-            # No time of day in it: the same run gives the same file.
-            (target / "metrics.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))
-
-
-def load(preset: str, arm: str, benchmarks: Sequence[str]) -> dict[int, Run]:
-    """Seed -> run, of those that are whole."""
-    runs = {}
-    for folder in sorted((RESULTS / preset / arm).glob("seed*")):
-        answered = {name: folder / f"{name}.json" for name in benchmarks}
-        parts = (folder / "manifest.json", folder / "metrics.jsonl.gz", *answered.values())
-        if not all(path.exists() for path in parts):
-            continue
-        text = gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).decode()
-        lines = [json.loads(line) for line in text.splitlines()]
-        runs[int(folder.name.removeprefix("seed"))] = Run(
-            json.loads((folder / "manifest.json").read_text(encoding="utf-8")),
-            [line for line in lines if line["phase"] == "eval"],
-            [line for line in lines if line["phase"] == "train"],
-            {
-                (benchmark, problem): right / count
-                for benchmark, path in answered.items()
-                for problem, (right, count) in json.loads(path.read_text()).items()
-            },
-        )
-    return runs
-
-
-def paired(runs: Mapping[str, Mapping[int, Run]]) -> list[int]:
-    """The seeds that all arms have. Raises InputError where runs of a seed are no pair: made
-    by other code, of other data, or from another cold start."""
-    seeds = sorted(set.intersection(*(set(of_arm) for of_arm in runs.values())))
-    for seed in seeds:
-        (first, one), *others = ((arm, of_arm[seed]) for arm, of_arm in runs.items())
-        for arm, run in others:
-            for part in ("data", "code", "versions"):
-                if run.manifest[part] != one.manifest[part]:
-                    raise InputError(
-                        f"seed {seed}: {arm} and {first} are of different {part}, so they are "
-                        "no pair: run both with the same"
-                    )
-            if run.evals[0]["eval/accuracy"] != one.evals[0]["eval/accuracy"]:
-                raise InputError(
-                    f"seed {seed}: {arm} and {first} differ before their first step: not from "
-                    "the same cold start"
-                )
-    return seeds
 
 
 def verdict(names: tuple[str, str], of: statistics.Paired, needed: int | None) -> str:
@@ -142,25 +55,16 @@ def verdict(names: tuple[str, str], of: statistics.Paired, needed: int | None) -
     )
 
 
-def accuracies(run: Run) -> dict[str, float]:
-    """Benchmark -> accuracy of the answers drawn when the run had ended."""
-    names = sorted({benchmark for benchmark, _ in run.problems})
-    return {
-        name: float(np.mean([v for (b, _), v in run.problems.items() if b == name]))
-        for name in names
-    }
-
-
 def build(name: str, preset: str) -> tuple[list[page.Block], dict[str, Any]]:
     """The report's blocks, and the runs of each arm."""
     study, asked = STUDIES[name], f"--study={name} --preset={preset}"
-    runs = {arm: load(preset, arm, study.benchmarks[preset]) for arm in study.arms}
+    runs = {arm: results.load(preset, arm, study.benchmarks[preset]) for arm in study.arms}
     if missing := [arm for arm, of_arm in runs.items() if not of_arm]:
         raise InputError(
-            f"no finished runs of {', '.join(missing)} in {RESULTS / preset}: "
+            f"no finished runs of {', '.join(missing)} in {results.RESULTS / preset}: "
             f"python -m experiments.run {asked}, then this with --root"
         )
-    seeds = paired(runs)
+    seeds = results.paired(runs)
     if not seeds:
         there = {arm: list(of_arm) for arm, of_arm in runs.items()}
         raise InputError(f"no seed has all arms of {name}: there are {there}")
@@ -191,6 +95,10 @@ def build(name: str, preset: str) -> tuple[list[page.Block], dict[str, Any]]:
             + verdict(first, differences[first]["mean"], statistics.seeds_needed(spread, SMALL))
         ),
         page.Text("Final accuracy: " + verdict(first, differences[first]["final"], None)),
+        *(
+            page.Text("Besides: " + verdict(pair, differences[pair]["mean"], None))
+            for pair in study.contrasts[1:]
+        ),
         page.Heading("Arms: mean over seeds and 95% interval"),
         page.Table(*_table(of)),
         page.Heading("Differences, paired by seed"),
@@ -219,9 +127,11 @@ def build(name: str, preset: str) -> tuple[list[page.Block], dict[str, Any]]:
             f"python -m experiments.report {asked}"
         ),
         page.Text(
-            f"On {manifest['device']}, Python {manifest['versions']['python']}, JAX "
-            f"{manifest['versions']['jax']}, commit {manifest['commit'][:10]}; every run's "
-            f"config, versions, data and command are in results/{preset}/ARM/seedN."
+            f"The steps of these runs took {_hours(of)} together, beside start-up, evaluation "
+            f"and cold starts. On {manifest['device']}, Python "
+            f"{manifest['versions']['python']}, JAX {manifest['versions']['jax']}, commit "
+            f"{manifest['commit'][:10]}; every run's config, versions, data and command are in "
+            f"results/{preset}/ARM/seedN."
         ),
     ]
     return blocks, of
@@ -325,6 +235,11 @@ def _overhead(of: Mapping[str, Sequence[Run]]) -> list[page.Block]:
     ]
 
 
+def _hours(of: Mapping[str, Sequence[Run]]) -> str:
+    seconds = sum(run.total("time/step") for runs in of.values() for run in runs)
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def _share(x: Interval) -> str:
     return _number(Interval(*(100 * v for v in x)), ".1f", "%")
 
@@ -386,14 +301,14 @@ def main() -> None:
     study = known(STUDIES, options.study, "study")
     known(PRESETS, options.preset, "preset")
     if options.root:
-        collect(options.root, options.preset, study.arms)
+        results.collect(options.root, options.preset, study.arms)
     blocks, of = build(options.study, options.preset)
-    folder = RESULTS / f"{options.study}-{options.preset}"
+    folder = results.RESULTS / f"{options.study}-{options.preset}"
     folder.mkdir(parents=True, exist_ok=True)
     draw(of, folder / "curves.png")
-    (folder / "report.md").write_text(page.markdown(blocks), encoding="utf-8")
+    (folder / "README.md").write_text(page.markdown(blocks), encoding="utf-8")
     (folder / "report.html").write_text(page.html(blocks, folder), encoding="utf-8")
-    print(f"{folder / 'report.md'}, report.html, curves.png")
+    print(f"{folder / 'README.md'}, report.html, curves.png")
 
 
 if __name__ == "__main__":

@@ -76,9 +76,10 @@ def jobs(
         return Job(folder, command, config, ("train", config.task.eval_split), needs)
 
     def evaluation(trained: Job, benchmark: str) -> Job:
-        config = for_benchmark(trained.config, benchmark, {"count": 0, "data": data})
+        config = for_benchmark(trained.config, benchmark, {"count": scale.count, "data": data})
         folder = trained.folder.with_name(f"{trained.folder.name}-{benchmark}")
         settings = [f"--benchmarks={benchmark}", "--nogreedy", f"--samples={scale.samples}"]
+        settings += [f"--count={scale.count}"] * bool(scale.count)
         settings += [f"--data={data}"] * bool(data) + [f"--out={folder}"]
         command = tuple(
             part.replace("gtpo_jax.train", "gtpo_jax.evaluate") for part in trained.command

@@ -35,7 +35,8 @@ class Preset:
     """A scale. `settings` come on top of `config` for every arm, `cold_start` are those of the
     supervised run that the arms of a seed begin from. "{data}" is the folder of --data.
 
-    `samples`: answers drawn for each problem of a benchmark when a run has ended.
+    `samples`: answers drawn for each problem of a benchmark when a run has ended, `count`: its
+    first problems only; 0: all.
     """
 
     config: str
@@ -44,6 +45,7 @@ class Preset:
     cold_start: dict[str, Any]
     samples: int
     about: str
+    count: int = 0
     traces: bool = False  # the cold start imitates traces of `coldstart`, made first
 
 
@@ -229,9 +231,15 @@ PRESETS = {
     "smollm2_cpu": Preset(
         "configs/smollm2_gsm8k.py",
         "cpu:{algorithm}",
-        {"task.path": "{data}/gsm8k", "keep_checkpoints": 1},
+        {
+            "task.path": "{data}/gsm8k",
+            "keep_checkpoints": 1,
+            "rollout.max_tokens": 128,
+            "learn.row_tokens": 512,
+        },
         {"sft.path": "{traces}", "task.path": "{data}/gsm8k", "sft.steps": 2},
         samples=1,
+        count=8,
         about="the same with three steps of 4 problems x 4 samples, to see that it runs",
         traces=True,
     ),

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from experiments import page, report
+from experiments import page, report, results
 from experiments.statistics import Paired
 from experiments.studies import STUDIES
 from gtpo_jax.errors import InputError
@@ -44,7 +44,7 @@ def write(folder, evals, right, code="c", steps=4):
 
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
     return tmp_path / "runs"
 
 
@@ -56,7 +56,7 @@ def overhead(root):
 
 
 def made(root, study="overhead"):
-    report.collect(root, "tiny", STUDIES[study].arms)
+    results.collect(root, "tiny", STUDIES[study].arms)
     return report.build(study, "tiny")
 
 
