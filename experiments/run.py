@@ -10,7 +10,7 @@ Each is the command that its manifest.json names, so it can be repeated without 
 
 Start it as often as there are machines or cards: runners that share ROOT share the work. With
 --minutes=8 it begins nothing after 8 minutes, and a run that is under way is stopped, to go on
-from its last checkpoint when this is started again.
+from its last checkpoint when this is started again; the exit code is 75 then.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from gtpo_jax.errors import InputError, run_command
 from gtpo_jax.evaluate import for_benchmark
 
 POLL = 5.0  # seconds
+OUT_OF_TIME = 75  # exit code; sysexits.h: try again
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,12 @@ def main() -> None:
         options.study, options.preset, seeds, options.root, options.data, options.isolation
     )
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(options.root / "compiled"))
-    if work(todo, until):
-        print(
-            f"done; python -m experiments.report --study={options.study} "
-            f"--preset={options.preset} --root={options.root}"
-        )
+    if not work(todo, until):
+        raise SystemExit(OUT_OF_TIME)
+    print(
+        f"done; python -m experiments.report --study={options.study} --preset={options.preset} "
+        f"--root={options.root}"
+    )
 
 
 if __name__ == "__main__":

@@ -195,3 +195,15 @@ def test_outcome_counts_what_was_right_and_leaves_our_failures_out(tmp_path):
     path = tmp_path / "svamp.sampled.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert run.outcome(tmp_path) == {"a": [1, 2], "b": [0, 1]}
+
+
+def test_the_command_says_what_it_lacks(tmp_path):
+    def ended(*arguments):
+        command = [sys.executable, "-m", "experiments.run", *arguments, f"--root={tmp_path}"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    out = ended("--study=main_maths", "--preset=tiny")
+    assert out.returncode == 2 and "unknown study 'main_maths': one of main_math" in out.stderr
+    out = ended("--study=main_math", "--preset=smollm2")
+    assert out.returncode == 2 and "needs --data=FOLDER" in out.stderr
+    assert out.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
