@@ -54,7 +54,8 @@ def collect(root: Path, preset: str, arms: Sequence[str]) -> None:
             if benchmark:
                 shutil.copy(folder / "outcome.json", target / f"{benchmark}.json")
                 continue
-            shutil.copy(folder / "manifest.json", target)
+            made = (folder / "manifest.json").read_text(encoding="utf-8")
+            (target / "manifest.json").write_text(made.replace(str(root), "ROOT"))
             lines = (folder / "metrics.jsonl").read_bytes()
             # No time of day in it: the same run gives the same file.
             (target / "metrics.jsonl.gz").write_bytes(gzip.compress(lines, mtime=0))

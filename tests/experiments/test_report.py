@@ -17,6 +17,7 @@ def write(folder, evals, right, code="c", steps=4):
     folder.mkdir(parents=True)
     made = {"data": {"train": "d"}, "code": code, "versions": {"python": "3", "jax": "0"}}
     made |= {"device": "1 cpu, 2 CPUs", "commit": "0123456789abcdef"}
+    made |= {"command": f"python -m gtpo_jax.train --workdir={folder}"}
     (folder / "manifest.json").write_text(json.dumps(made))
     lines = [
         {"step": 2 * i, "phase": "eval", "eval/accuracy": value}
@@ -69,6 +70,8 @@ def test_numbers_by_hand(runs):
     overhead(runs)
     blocks, of = made(runs)
     assert {arm: len(x) for arm, x in of.items()} == {"grpo": 2, "gtpo": 2}
+    # Where it ran is nobody's business.
+    assert of["grpo"][1].manifest["command"].endswith("--workdir=ROOT/tiny/grpo/seed1")
     grpo, gtpo = rows(blocks, "Arms: mean over seeds and 95% interval")
     # 0.5 and 0.4: mean 0.45, t(0.975, 1) = 12.706, s / sqrt(2) = 0.05, so +- 0.635.
     assert grpo[:3] == ["grpo", "30.0% [30.0, 30.0]", "45.0% [-18.5, 108.5]"]
