@@ -32,6 +32,8 @@ def default() -> ConfigDict:
             "checkpoint_every": 20,
             "keep_checkpoints": 2,  # the newest, and the one with the best evaluation
             "trajectories_every": 10,  # write every trajectory of each such step
+            # besides metrics.jsonl: RUN/tensorboard, a project of Weights & Biases
+            "log": {"tensorboard": False, "wandb": ""},
             "task": {
                 "name": "arithmetic",
                 "path": "",  # a local folder or file; empty: embedded, or the hub

@@ -8,13 +8,19 @@ curves to curves.png beside the first of them.
 """
 
 import argparse
+import contextlib
+import datetime
+import hashlib
 import json
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
+from rich import progress
 
 from gtpo_jax.errors import InputError, run_command
 
@@ -33,19 +39,42 @@ CONSOLE = {  # key -> (label, format), in the order they are printed
     "sft/number_accuracy": ("numbers right", ".3f"),
 }
 
+Writer = Callable[[int, Mapping[str, Any]], None]
+
 
 class MetricsLog:
-    """Appends to RUN/metrics.jsonl and prints; not `active` on hosts that keep silent."""
+    """Appends to RUN/metrics.jsonl and prints; not `active` on hosts that keep silent.
 
-    def __init__(self, workdir: Path, from_step: int, active: bool = True) -> None:
+    A context manager. What `config.log` names is written to besides, under the same keys. On a
+    terminal a bar below the lines shows how far the run is.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        from_step: int,
+        active: bool = True,
+        config: ConfigDict | None = None,
+    ) -> None:
         self._active = active
         if not active:
             return
         workdir.mkdir(parents=True, exist_ok=True)
-        self._path = workdir / "metrics.jsonl"
-        drop_from_step(self._path, from_step)
-        self._file = self._path.open("a", encoding="utf-8")
+        path = workdir / "metrics.jsonl"
+        drop_from_step(path, from_step)
+        self._stack = contextlib.ExitStack()
+        self._file = self._stack.enter_context(path.open("a", encoding="utf-8"))
+        self._writers: list[Writer] = []
+        if config is not None and config.log.tensorboard:
+            self._writers.append(self._stack.enter_context(tensorboard(workdir, from_step)))
+        if config is not None and config.log.wandb:
+            self._writers.append(self._stack.enter_context(wandb(workdir, config)))
+        self._bar = self._stack.enter_context(
+            progress.Progress(transient=True, disable=not sys.stdout.isatty())
+        )
+        self._task = None
         self._started = time.perf_counter()
+        self._first: tuple[int, float] | None = None  # the first step here, when it was logged
 
     def write(self, step: int, phase: str, values: Mapping[str, Any], of: int = 0) -> None:
         """Log one line; `of` is the last step, for the console."""
@@ -55,19 +84,76 @@ class MetricsLog:
         line |= {name: _plain(value) for name, value in values.items()}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
+        for writer in self._writers:
+            writer(step, {name: line[name] for name in values})
         shown = [
             f"{label} {_format(line[key], form)}"
             for key, (label, form) in CONSOLE.items()
             if key in line
         ]
+        now = time.perf_counter()
+        if phase != "eval" and of:
+            first, began = self._first = self._first or (step, now)
+            if step > first:
+                left = (of - 1 - step) * (now - began) / (step - first)
+                shown.append(f"left {datetime.timedelta(seconds=round(left))}")
         total = f"/{of}" if of else ""
-        elapsed = time.perf_counter() - self._started
-        print(f"[{elapsed:6.1f}s] {phase} {step}{total}  " + "  ".join(shown), flush=True)
+        text = f"[{now - self._started:6.1f}s] {phase} {step}{total}  " + "  ".join(shown)
+        if sys.stdout.isatty():
+            if of and self._task is None:
+                self._task = self._bar.add_task("", total=of)
+            if self._task is not None:
+                self._bar.update(self._task, completed=step + (phase == "train"))
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, flush=True)
 
-    def close(self) -> None:
-        """Flush and close the file."""
+    def __enter__(self) -> "MetricsLog":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
         if self._active:
-            self._file.close()
+            self._stack.close()
+
+
+@contextlib.contextmanager
+def tensorboard(workdir: Path, from_step: int) -> Iterator[Writer]:
+    """Writes to RUN/tensorboard; after a restart, what came after `from_step` is hidden."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise InputError("log.tensorboard: pip install 'gtpo_jax[tensorboard]'") from None
+    with SummaryWriter(str(workdir / "tensorboard"), purge_step=from_step) as writer:
+
+        def write(step: int, values: Mapping[str, Any]) -> None:
+            for name, value in values.items():
+                writer.add_scalar(name, value, step)
+
+        yield write
+
+
+@contextlib.contextmanager
+def wandb(workdir: Path, config: ConfigDict) -> Iterator[Writer]:
+    """Writes to the project `config.log.wandb`; one run folder is one run there."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError(
+            f"log.wandb={config.log.wandb}: pip install 'gtpo_jax[wandb]'"
+        ) from None
+    name = str(workdir.absolute())
+    run = wandb.init(
+        project=config.log.wandb,
+        name=workdir.name,
+        id=hashlib.sha256(name.encode()).hexdigest()[:16],
+        resume="allow",
+        dir=name,
+        config=json.loads(config.to_json_best_effort()),
+    )
+    try:
+        yield lambda step, values: run.log(dict(values), step=step)
+    finally:
+        run.finish()
 
 
 class CompileCounter:

@@ -94,7 +94,9 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
             state, cursor = checkpoints.restore(state, config.seed)
             if parallel.speaks():
                 print(f"resuming {workdir} after step {cursor['step']}")
-        log = MetricsLog(workdir, cursor["step"] + 1, parallel.speaks())
+        log = stack.enter_context(
+            MetricsLog(workdir, cursor["step"] + 1, parallel.speaks(), config)
+        )
 
         # ---- loop --------------------------------------------------------------------------
         started = time.perf_counter()
@@ -132,7 +134,6 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
         problems = build.problems(config, config.task.eval_split)
         measured, _ = evaluate(sample, problems, config.task.eval_samples)
         log.write(cursor["step"], "eval", measured)
-        log.close()
     return state
 
 

@@ -7,10 +7,11 @@ A run starts in one of four ways, in this order:
     2. config.model.init_from=RUN       from another run's policy, such as a cold start
     3. config.model.source=...          from published weights
     4. otherwise                        from a fresh initialisation
+
+--dry_run checks the config and says what the run would be, without starting it.
 """
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from gtpo_jax import build, parallel
+from gtpo_jax import build, parallel, preview
 from gtpo_jax.checkpoint import Checkpoints
-from gtpo_jax.config import named, parse_command, validate
+from gtpo_jax.config import default, named, parse_command, validate
 from gtpo_jax.errors import Diverged, InputError, run_command
 from gtpo_jax.evaluate import evaluate, rollout_metrics
 from gtpo_jax.generation import Generation, sampler
@@ -37,6 +38,8 @@ from gtpo_jax.rl.rollout import collect
 from gtpo_jax.rl.update import TrainState, start
 from gtpo_jax.tasks import get_task
 from gtpo_jax.tasks.overlap import overlap
+
+FLAGS = {"dry_run": (False, "check the config, say what the run would be, and end")}
 
 
 def run(
@@ -76,6 +79,7 @@ def run(
         state = start(policy.config, policy.params, optimizer, devices)
         wants_reference = config.loss.options.get("kl_coef", 0.0) > 0
         reference = jax.tree.map(jnp.copy, state[:2]) if wants_reference else None
+        say("\n".join(preview.lines(config, policy.config, devices, workdir)))
         generation = Generation(config, policy, devices)
         say(generation.warm_up(config.rollout.chunk))
         sample = sampler(config, policy, generation, judges, get_task(config.task.name))
@@ -86,7 +90,7 @@ def run(
         if checkpoints.latest() is not None:
             state, cursor = checkpoints.restore(state, config.seed)
             say(f"resuming {workdir} after step {cursor['step']}")
-        log = MetricsLog(workdir, cursor["step"], speaks)
+        log = stack.enter_context(MetricsLog(workdir, cursor["step"], speaks, config))
         trajectory_path = workdir / "trajectories.jsonl"
         if speaks:
             drop_from_step(trajectory_path, cursor["step"])
@@ -177,7 +181,6 @@ def run(
                     f"gradient that is not finite; {workdir / 'skipped.jsonl'} names their "
                     "problems"
                 )
-        log.close()
     return state
 
 
@@ -199,9 +202,16 @@ def advantage_metrics(advantage: np.ndarray, mask: np.ndarray) -> dict[str, floa
 
 def main() -> None:
     """Train as the command line says."""
-    config, workdir, _ = parse_command()
-    print(json.dumps({"algorithm": config.advantage.name, "task": config.task.name}))
-    run(config, workdir)
+    config, workdir, options = parse_command(FLAGS)
+    if options["dry_run"]:
+        validate(config)
+        with build.devices(config) as devices:
+            print("\n".join(preview.lines(config, preview.model(config), devices, workdir)))
+        print("settings:", *preview.changed(config, default()), sep="\n  ")
+    elif workdir is None:
+        raise InputError("--workdir=RUN is needed, the folder that the run writes to")
+    else:
+        run(config, workdir)
 
 
 if __name__ == "__main__":
