@@ -19,31 +19,31 @@ function make(tag, attributes = {}, ...children) {
 }
 
 const text = (number) => (number === null ? null : data.texts[number]);
-const signed = (x) => (x === null ? "–" : (x > 0 ? "+" : x < 0 ? "−" : "") + Math.abs(x).toFixed(2));
-const plain = (x) => (x === null ? "–" : String(x).replace("-", "−"));
+const sign = (x) => (x > 0 ? "+" : x < 0 ? "−" : "");
+const signed = (x) => (x === null ? "–" : sign(x) + Math.abs(x).toFixed(2));
 
 // ---- Python, coloured --------------------------------------------------------------------
 
-const KEYWORDS = new Set(("False None True and as assert async await break class continue def del elif else " +
-  "except finally for from global if import in is lambda nonlocal not or pass raise return try while with " +
-  "yield match case").split(" "));
-// Comment; string, also one without its end; number; name, with ( where it is called.
+const KEYWORDS = new Set(("False None True and as assert async await break case class continue " +
+  "def del elif else except finally for from global if import in is lambda match nonlocal not " +
+  "or pass raise return try while with yield").split(" "));
+// c: comment; s: string, also one without its end; n: number; f: what is called; other names.
 const PYTHON = new RegExp([
   "(?<c>#[^\\n]*)",
-  "(?<s>\\b[rbfuRBFU]{0,2}(?:'''[\\s\\S]*?(?:'''|$)|\"\"\"[\\s\\S]*?(?:\"\"\"|$))" +
-    "|\\b[rbfuRBFU]{0,2}(?:'(?:\\\\.|[^'\\\\\\n])*'?|\"(?:\\\\.|[^\"\\\\\\n])*\"?))",
+  "(?<s>(?:\\b[rbfuRBFU]{1,2})?(?:'''[\\s\\S]*?(?:'''|$)|\"\"\"[\\s\\S]*?(?:\"\"\"|$))" +
+    "|(?:\\b[rbfuRBFU]{1,2})?(?:'(?:\\\\.|[^'\\\\\\n])*'?|\"(?:\\\\.|[^\"\\\\\\n])*\"?))",
   "(?<n>\\b(?:0[xXbBoO][\\da-fA-F_]+|\\d[\\d_]*\\.?\\d*(?:[eE][+-]?\\d+)?j?)|\\.\\d+)",
-  "(?<name>[^\\W\\d]\\w*)(?<call>(?=\\s*\\())?",
-].join("|").replaceAll("\\b[rbfuRBFU]{0,2}", "(?:\\b[rbfuRBFU]{1,2})?"), "g");
+  "(?<f>[^\\W\\d]\\w*(?=\\s*\\())|(?<name>[^\\W\\d]\\w*)",
+].join("|"), "g");
 
 /** Text nodes and spans whose texts together are `code`. */
 function highlight(code) {
   const out = [];
   let end = 0;
   for (const match of code.matchAll(PYTHON)) {
-    const { c, s, n, name, call } = match.groups;
-    const kind = c ? "c" : s ? "s" : n ? "n" : KEYWORDS.has(name) ? "k" : call !== undefined ? "f" : null;
-    if (!kind) continue;
+    const named = Object.keys(match.groups).find((group) => match.groups[group] !== undefined);
+    const kind = KEYWORDS.has(match[0]) ? "k" : named;
+    if (kind === "name") continue;
     out.push(code.slice(end, match.index), make("span", { class: kind }, match[0]));
     end = match.index + match[0].length;
   }
@@ -55,8 +55,11 @@ function highlight(code) {
 const TOP_TURNS = 10;
 const kindOf = (m) => (m.status === "tool_failure" ? "infra" : m.status === "truncated" ? "cut"
   : m.correct ? "right" : "wrong");
-const VERDICT = { right: "✓ right", wrong: "✗ wrong", cut: "… truncated", infra: "! infra" };
+const VERDICTS = { right: "✓ right", wrong: "✗ wrong", cut: "… truncated", infra: "! infra" };
+const verdict = (m) => (m.status === "void" ? "✗ no answer" : VERDICTS[kindOf(m)]);
 const advantageOf = (turn) => turn[11];
+const tone = (A, m) => (!A || !inLoss(m) ? "" : A > 0 ? "more" : "less");
+const share = (A) => Math.min(1, Math.abs(A) / largest);
 const inLoss = (m) => !data.left_out.includes(m.status);
 const FILTERS = {
   all: ["all", () => true],
@@ -100,7 +103,8 @@ function goTo(change) {
   showBar();
   showProblems(numbers);
   $("nothing").hidden = numbers.length > 0;
-  $("nothing").textContent = `Step ${data.steps[state.step].step} has no trajectory of this kind (${FILTERS[state.filter][0]}).`;
+  $("nothing").textContent =
+    `Step ${data.steps[state.step].step} has nothing that is ${FILTERS[state.filter][0]}.`;
   $("problem").hidden = $("group").hidden = !numbers.length;
   if (numbers.length) showGroup(groups()[state.problem]);
 }
@@ -115,73 +119,84 @@ function showBar() {
   const { step } = data.steps[state.step];
   $("slider").value = state.step;
   $("step").replaceChildren(make("b", {}, `step ${step}`),
-    make("small", {}, `${state.step + 1} of ${data.steps.length}`));
+    make("small", {}, `${state.step + 1} of ${data.steps.length} recorded`));
   $("before").disabled = state.step === 0;
   $("after").disabled = state.step === data.steps.length - 1;
   $("low").textContent = signed(-largest);
   $("high").textContent = signed(largest);
   markers.forEach((move) => move(step));
   const members = groups().flatMap((g) => g.members);
-  $("filters").replaceChildren(...Object.entries(FILTERS).map(([name, [label, test]]) => {
-    const count = members.filter(test).length;
-    const button = make("button", { "data-filter": name, "aria-pressed": name === state.filter,
-      onclick: () => goTo({ filter: name }) }, label, make("small", {}, String(count)));
+  for (const button of $("filters").children) {
+    const name = button.dataset.filter, count = members.filter(FILTERS[name][1]).length;
+    button.setAttribute("aria-pressed", name === state.filter);
     button.disabled = !count && name !== state.filter;
-    return button;
-  }));
+    button.querySelector("small").textContent = count;
+  }
 }
 
 function showProblems(numbers) {
+  const focused = $("problems").contains(document.activeElement);
   $("problems").replaceChildren(...numbers.map((i) => {
     const { problem, members } = groups()[i];
     const [id, , before, question] = data.problems[problem];
-    const marks = members.map((m) => make("i", { class: kindOf(m) + (passes(m) ? "" : " faint"),
-      title: `${m.member}: ${VERDICT[kindOf(m)]}` }));
-    return make("button", { title: id, "aria-current": i === state.problem,
-      onclick: () => goTo({ problem: i }) },
-    make("span", {}, text(question) || text(before)), make("div", { class: "marks" }, ...marks));
+    const marks = members.map((m) => make("i",
+      { class: kindOf(m) + (passes(m) ? "" : " faint"), title: `${m.member}: ${verdict(m)}` }));
+    return make("button",
+      { title: id, "aria-current": i === state.problem, onclick: () => goTo({ problem: i }) },
+      make("span", {}, text(question) || text(before)),
+      make("div", { class: "marks" }, ...marks));
   }));
   const current = $("problems").querySelector("[aria-current=true]");
-  if (current) current.scrollIntoView({ block: "nearest" });
+  if (!current) return;
+  // Within the list alone: scrollIntoView would move the page under the reader.
+  const list = $("problems"), at = current.offsetTop - list.offsetTop;
+  if (at < list.scrollTop) list.scrollTop = at;
+  const end = at + current.offsetHeight - list.clientHeight;
+  if (end > list.scrollTop) list.scrollTop = end;
+  if (focused) current.focus({ preventScroll: true });
 }
 
 function showGroup(group) {
   const [id, answer, before, question, after] = data.problems[group.problem];
   $("title").textContent = id;
-  $("prompt").replaceChildren(text(before), make("b", {}, text(question) || ""), text(after) || "");
-  $("answer").replaceChildren("right answer: ", make("b", {}, answer));
+  $("prompt").replaceChildren(
+    text(before), make("b", {}, text(question) || ""), text(after) || "");
+  $("answer").replaceChildren("right answer ", make("b", {}, text(answer)));
+  showMap(group);
   showMatrix(group);
   const shown = group.members.filter(passes);
   const rows = 1 + Math.max(1, ...shown.map((m) => m.turns.length));
   $("group").replaceChildren(...shown.map((m) => {
-    const column = make("article", { class: inLoss(m) ? "" : "out" }, head(m), ...m.turns.map((t, i) => turn(t, i, m)));
+    const column = make("article", { class: inLoss(m) ? "" : "out", "data-member": m.member },
+      head(m), ...m.turns.map((t, i) => turn(t, i, m)));
     column.style.setProperty("--rows", rows);
     return column;
   }));
 }
 
 function head(m) {
-  const sum = m.turns.reduce((total, t) => total + (t[9] || 0), 0);
+  const sum = m.turns.reduce((total, t) => total + t[9], 0);
   const tokens = m.turns.reduce((total, t) => total + t[8], 0);
-  const verdict = m.status === "void" ? "✗ no answer" : VERDICT[kindOf(m)];
+  const answer = m.answer === null ? ["no answer"] : ["answer ", make("b", {}, text(m.answer))];
   return make("div", { class: `head ${kindOf(m)}` },
-    make("div", {}, make("b", { class: "verdict" }, verdict),
+    make("div", {}, make("b", { class: "verdict" }, verdict(m)),
       make("span", { class: "dim" }, `#${m.member}`)),
-    make("p", { class: "said" }, m.answer === null ? "no answer" : "answer ", m.answer === null ? "" : make("b", {}, m.answer),
-      m.reason ? make("span", { class: "dim" }, `  ${m.reason}`) : ""),
-    make("p", { class: "dim" }, `reward ${signed(sum)}, ${tokens} tokens sampled` + (inLoss(m) ? "" : "; left out of the loss")));
+    make("p", { class: "said" }, ...answer,
+      make("span", { class: "dim" }, text(m.reason) && ` ${text(m.reason)}`)),
+    make("p", { class: "dim" }, `reward ${signed(sum)}, ${tokens} tokens sampled`,
+      inLoss(m) ? null : "; not in the loss"));
 }
 
 const TONES = { ok: "right", "no call": "", infra: "infra", invalid: "wrong", error: "wrong" };
 
 /** One turn; the list is taken apart as gtpo_jax.view.encode puts it together. */
 function turn(fields, number, m) {
-  const [before, code, after, kind, detail, seconds, feedback, output, tokens, r, R, A] = fields;
-  const tone = !A || !inLoss(m) ? "" : A > 0 ? "more" : "less";
+  const [before, code, after, kind, detail, seconds, feedback, output, tokens] = fields;
+  const [r, R, A] = fields.slice(9);
   const peak = state.filter in peaks && peaks[state.filter].has(fields) ? "peak" : "";
   const value = (name, x, extra = "") =>
     make("span", {}, name, make("b", { class: extra }, signed(x)));
-  return make("div", { class: `turn ${tone} ${peak}`, share: Math.min(1, Math.abs(A) / largest) },
+  return make("div", { class: `turn ${tone(A, m)} ${peak}`, share: share(A) },
     make("div", { class: "policy" },
       make("div", { class: "top" },
         make("span", { class: "dim" }, `turn ${number + 1}, ${tokens} tokens`),
@@ -193,7 +208,7 @@ function turn(fields, number, m) {
     said(text(feedback), text(output)));
 }
 
-/** What the policy wrote, its code coloured; `after` null: the code is there in other spelling. */
+/** What the policy wrote, its code coloured; `after` null: it is there in another spelling. */
 function sampled(before, code, after) {
   if (code === null) return [make("pre", {}, before)];
   const block = make("pre", { class: "code" }, ...highlight(code));
@@ -221,20 +236,40 @@ function took(seconds) {
   return seconds < 1 ? ` ${Math.ceil(seconds * 1000)} ms` : ` ${seconds.toFixed(1)} s`;
 }
 
+const memberName = (m) => make("th", { class: kindOf(m), title: verdict(m) },
+  `${m.correct ? "✓" : ""}${m.member}`);
+
+/** A row a trajectory, a column a turn; a click brings the trajectory into sight. */
+function showMap({ members }) {
+  const turns = [...Array(Math.max(...members.map((m) => m.turns.length))).keys()];
+  const cell = (m, t) => make("td",
+    { class: tone(t[11], m), share: share(t[11]), onclick: () => showMember(m) },
+    inLoss(m) ? signed(t[11]) : "–");
+  const row = (m) => make("tr", {}, memberName(m),
+    ...turns.map((i) => (i in m.turns ? cell(m, m.turns[i]) : make("td", { class: "none" }))));
+  $("map").replaceChildren(
+    make("tr", {}, make("th"), ...turns.map((i) => make("th", {}, `${i + 1}`))),
+    ...members.map(row));
+}
+
+function showMember(m) {
+  const column = $("group").querySelector(`[data-member="${Number(m.member)}"]`);
+  if (column) column.scrollIntoView({ block: "nearest", inline: "start", behavior: "smooth" });
+}
+
 /** Hundredths of similarity; what shaping gives a wrong answer is the mean over right ones. */
 function showMatrix({ members, similar }) {
-  const name = (m) => make("th", { class: kindOf(m), title: VERDICT[kindOf(m)] },
-    `${m.correct ? "✓" : ""}${m.member}`);
-  const right = members.map((m, i) => i).filter((i) => members[i].correct && inLoss(members[i]));
+  const right = [...members.keys()].filter((i) => members[i].correct && inLoss(members[i]));
   const mean = (i) => right.reduce((sum, j) => sum + similar[i][j], 0) / right.length / 100;
   const shaped = (m) => right.length > 0 && !m.correct && m.status === "finished";
-  const rows = members.map((m, i) => make("tr", {}, name(m),
+  const rows = members.map((m, i) => make("tr", {}, memberName(m),
     ...similar[i].map((x) => make("td", { share: x / 100 },
       x === 100 ? "1" : x ? `.${String(x).padStart(2, "0")}` : "·")),
     shaped(m) && make("td", { class: "mean" }, mean(i).toFixed(2))));
   const some = members.some(shaped);
+  const last = some && make("th", {}, "mean to ✓");
   $("matrix").replaceChildren(
-    make("tr", {}, make("th"), ...members.map(name), some && make("th", {}, "mean to ✓")), ...rows);
+    make("tr", {}, make("th"), ...members.map(memberName), last), ...rows);
   $("credit").hidden = !some;
   $("credit").textContent = data.alpha
     ? `A wrong answer earns α = ${data.alpha} times its mean similarity to the right ones.`
@@ -258,14 +293,16 @@ function further(items, now, by) {
 }
 
 function nextFilter(by) {
-  const members = groups().flatMap((g) => g.members);
-  const names = Object.keys(FILTERS).filter((n) => n === state.filter || members.some(FILTERS[n][1]));
+  const names = [...$("filters").children].filter((b) => !b.disabled).map((b) => b.dataset.filter);
   const place = names.indexOf(state.filter) + by + names.length;
   goTo({ filter: names[place % names.length] });
 }
 
 const moveStep = (by) => goTo({ step: further([...data.steps.keys()], state.step, by) });
-const moveProblem = (by) => listed().length && goTo({ problem: further(listed(), state.problem, by) });
+function moveProblem(by) {
+  const numbers = listed();
+  if (numbers.length) goTo({ problem: further(numbers, state.problem, by) });
+}
 const KEYS = {
   ArrowLeft: () => moveStep(-1), ArrowRight: () => moveStep(1),
   ArrowUp: () => moveProblem(-1), ArrowDown: () => moveProblem(1),
@@ -295,6 +332,8 @@ function begin() {
   drawCurves();
   if (!data.steps.length) return;
   $("recorded").hidden = false;
+  $("filters").append(...Object.entries(FILTERS).map(([name, [label]]) => make("button",
+    { "data-filter": name, onclick: () => goTo({ filter: name }) }, label, make("small"))));
   $("slider").max = data.steps.length - 1;
   $("slider").addEventListener("input", () => goTo({ step: Number($("slider").value) }));
   $("before").addEventListener("click", () => moveStep(-1));

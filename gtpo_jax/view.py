@@ -102,7 +102,7 @@ def read_lines(
                 yield check(line)
             except (KeyError, TypeError, AttributeError) as error:
                 what = f"no {error}" if isinstance(error, KeyError) else str(error)
-                raise InputError(f"{path} line {number} is not as a run writes it: {what}") from None
+                raise InputError(f"{path} line {number} is not one of a run: {what}") from None
 
 
 def spaced(items: Sequence[Any], count: int) -> list[Any]:
@@ -137,7 +137,7 @@ def encode(groups: Groups, longest: int = LONGEST) -> dict[str, Any]:
     def prompt(line: dict[str, Any]) -> int:
         question = "\n\n".join(str(m["content"]) for m in line["problem"]["messages"])
         parts = _around(line["prompt"], question)
-        key = (line["problem"]["id"], line["problem"]["answer"], *map(number, parts))
+        key = (line["problem"]["id"], *map(number, (line["problem"]["answer"], *parts)))
         return prompts.setdefault(key, len(prompts))
 
     def turn(t: dict[str, Any]) -> list[Any]:
@@ -158,15 +158,20 @@ def encode(groups: Groups, longest: int = LONGEST) -> dict[str, Any]:
         ]
 
     def member(line: dict[str, Any]) -> dict[str, Any]:
-        out = {key: line[key] for key in ("member", "status", "correct", "answer")}
-        return out | {"reason": line["reason"], "turns": [turn(t) for t in line["turns"]]}
+        out = {key: line[key] for key in ("member", "status", "correct")}
+        out |= {"answer": number(line["answer"]), "turns": [turn(t) for t in line["turns"]]}
+        return out | {"reason": number(line["reason"])}
 
     steps = [
         {
             "step": step,
             "groups": [
-                {"problem": prompt(g[0]), "similar": similarities(g), "members": [*map(member, g)]}
-                for g in step_groups
+                {
+                    "problem": prompt(group[0]),
+                    "similar": similarities(group),
+                    "members": [member(line) for line in group],
+                }
+                for group in step_groups
             ],
         }
         for step, step_groups in groups.items()
@@ -207,8 +212,9 @@ def browser() -> Iterator[Any]:
             "a picture needs Playwright: pip install 'gtpo_jax[browser]'"
         ) from None
     with sync_playwright() as playwright:
-        own = playwright.chromium.executable_path
-        found = own if Path(own).exists() else next(filter(None, map(shutil.which, BROWSERS)), None)
+        found = playwright.chromium.executable_path
+        if not Path(found).exists():
+            found = next(filter(None, map(shutil.which, BROWSERS)), None)
         if found is None:
             raise InputError(
                 "a picture needs Chromium: `playwright install chromium`, or one of "
@@ -259,7 +265,7 @@ def _groups(lines: Iterator[dict[str, Any]]) -> Groups:
 
 
 def _curves(lines: Iterator[dict[str, Any]], notes: list[str]) -> dict[str, dict[str, list]]:
-    """phase -> key -> values, one a line; None where a line lacks the key or it is no number."""
+    """phase -> key -> values, one a line; None where there is no number."""
     phases: dict[str, Lines] = {}
     for line in lines:
         phases.setdefault(line["phase"], []).append(line)
@@ -268,8 +274,9 @@ def _curves(lines: Iterator[dict[str, Any]], notes: list[str]) -> dict[str, dict
         some = spaced(found, POINTS)
         if len(some) < len(found):
             notes.append(f"curves of '{phase}' show {len(some)} of {len(found)} lines")
-        keys = dict.fromkeys(key for line in some for key in line if key not in ("phase", "time"))
-        out[phase] = {key: [_short(line.get(key)) for line in some] for key in keys}
+        keys = dict.fromkeys(key for line in some for key in line)
+        values = {key: [_short(line.get(key)) for line in some] for key in keys}
+        out[phase] = {k: v for k, v in values.items() if k not in ("phase", "time")}
     return out
 
 
@@ -330,12 +337,14 @@ def _left_out(config: dict[str, Any]) -> list[str]:
 
 def _trajectory(line: dict[str, Any]) -> Trajectory:
     """As much of it as `all_code` reads."""
-    turns = [Turn([], [], None if t["code"] is None else Call(t["code"])) for t in line["turns"]]
+    turns = [
+        Turn([], [], None if t["code"] is None else Call(t["code"])) for t in line["turns"]
+    ]
     return Trajectory(Problem(line["problem"]["id"], "", (), ""), line["member"], [], turns)
 
 
 def _around(text: str, part: str | None) -> tuple[str, str | None, str | None]:
-    """What stands before and after `part`, and `part` between; after is None if it is not in."""
+    """What stands before and after `part`, and `part`; after is None if it is not there."""
     if not part:
         return text, None, ""
     before, found, after = text.partition(part)
@@ -363,7 +372,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the --workdir of a run")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="RUN/report.html where left out")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="RUN/report.html where left out"
+    )
     parser.add_argument("--screenshot", type=Path, metavar="FILE.png", help="a picture as well")
     options = parser.parse_args()
     page = report(options.run)

@@ -1,16 +1,19 @@
 // The curves of the page; in one script with view.js, which comes first.
 const markers = []; // functions that move a curve's line to the recorded step that is shown
-// title: [[phase, key, label], ...]; what a run does not have is left out.
+// title: [[phase, key, label], ...]; what a run does not have is left out. The first FRONT that
+// it has stand at the top, the others below a fold, with a card for each key not named here.
+const FRONT = 6;
 const PANELS = {
   "Accuracy": [["train", "accuracy/train", "train"], ["eval", "eval/accuracy", "held out"]],
   "Reward": [["train", "reward/mean", "mean"]],
   "Turns": [["train", "rollout/turns_mean", "turns"], ["train", "tool/calls_mean", "calls"]],
-  "Tool errors": [["train", "tool/error_rate", "failed"], ["train", "tool/invalid_rate", "invalid"],
-    ["train", "tool/timeout_rate", "timeout"]],
-  "Tokens/s": [["train", "rollout/tokens_per_s", "sampled"], ["train", "update/tokens_per_s", "trained"]],
+  "Tool errors": [["train", "tool/error_rate", "failed"],
+    ["train", "tool/invalid_rate", "invalid"], ["train", "tool/timeout_rate", "timeout"]],
+  "Without an answer": [["train", "rollout/truncated", "truncated"],
+    ["train", "rollout/void", "void"], ["train", "rollout/tool_failure", "infra"]],
+  "Tokens/s": [["train", "rollout/tokens_per_s", "sampled"],
+    ["train", "update/tokens_per_s", "trained"]],
   "Tokens": [["train", "rollout/tokens_mean", "a trajectory"]],
-  "Without an answer": [["train", "rollout/truncated", "truncated"], ["train", "rollout/void", "void"],
-    ["train", "rollout/tool_failure", "infra"]],
   "Advantage": [["train", "advantage/std", "std"], ["train", "advantage/zero_share", "share of 0"]],
   "Entropy": [["train", "train/entropy", "entropy"]],
   "Gradient": [["train", "train/grad_norm", "norm"]],
@@ -20,13 +23,13 @@ const PANELS = {
     ["sft", "sft/held_out_loss", "held out"]],
   "Numbers right": [["sft", "sft/number_accuracy", "cold start"]],
 };
-const WIDTH = 250, HEIGHT = 96, LEFT = 40, BOTTOM = 16, TOP = 8;
+const WIDTH = 210, HEIGHT = 96, LEFT = 40, BOTTOM = 16, TOP = 8;
 
 /** Points [step, value] of a key, without the gaps. */
 function points(phase, key) {
   const lines = data.curves[phase];
   if (!lines || !lines[key]) return [];
-  return lines.step.map((step, i) => [step, lines[key][i]]).filter(([s, v]) => s !== null && v !== null);
+  return lines.step.map((step, i) => [step, lines[key][i]]).filter(([, v]) => v !== null);
 }
 
 function smooth(series) {
@@ -47,15 +50,17 @@ function short(x) {
 
 /** A card with the curves of `keys`, or null where the run has none of them. */
 function curve(title, keys) {
-  const series = keys.map(([phase, key, label]) => ({ phase, key, label, at: points(phase, key) }))
+  const series = keys
+    .map(([phase, key, label]) => ({ phase, key, label, at: points(phase, key) }))
     .filter((s) => s.at.length);
   if (!series.length) return null;
-  const all = series.flatMap((s) => s.at), steps = all.map((p) => p[0]), values = all.map((p) => p[1]);
+  const all = series.flatMap((s) => s.at);
+  const steps = all.map(([step]) => step), values = all.map(([, value]) => value);
   const [first, last] = [Math.min(...steps), Math.max(...steps)];
   let [low, high] = [Math.min(...values, 0), Math.max(...values)];
   if (low === high) high = low + 1;
-  const x = (step) => LEFT + (WIDTH - LEFT - 6) * (last === first ? 0.5 : (step - first) / (last - first));
-  const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (1 - (value - low) / (high - low));
+  const x = (step) => LEFT + (WIDTH - LEFT - 6) * (step - first) / (last - first || 1);
+  const y = (value) => TOP + (HEIGHT - TOP - BOTTOM) * (high - value) / (high - low);
   const path = (at) => "M" + at.map(([s, v]) => `${x(s).toFixed(1)} ${y(v).toFixed(1)}`).join("L");
 
   const svg = make("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", "aria-label": title });
@@ -67,8 +72,9 @@ function curve(title, keys) {
   }
   svg.append(make("text", { x: LEFT, y: HEIGHT - 3 }, `step ${first}`),
     make("text", { x: WIDTH - 4, y: HEIGHT - 3, "text-anchor": "end" }, String(last)));
-  const here = make("line", { class: "here", y1: TOP - 4, y2: HEIGHT - BOTTOM, visibility: "hidden" });
-  const hover = make("line", { class: "hover", y1: TOP - 4, y2: HEIGHT - BOTTOM, visibility: "hidden" });
+  const upright = { y1: TOP - 4, y2: HEIGHT - BOTTOM, visibility: "hidden" };
+  const here = make("line", { class: "here", ...upright });
+  const hover = make("line", { class: "hover", ...upright });
   svg.append(here, hover);
   series.forEach((s, i) => {
     if (s.at.length > 20) {
@@ -77,7 +83,8 @@ function curve(title, keys) {
       return;
     }
     if (s.key === "eval/accuracy") {
-      const lows = new Map(points(s.phase, "eval/low")), highs = new Map(points(s.phase, "eval/high"));
+      const lows = new Map(points(s.phase, "eval/low"));
+      const highs = new Map(points(s.phase, "eval/high"));
       const bars = s.at.filter(([step]) => lows.has(step) && highs.has(step))
         .map(([step]) => `M${x(step)} ${y(lows.get(step))}V${y(highs.get(step))}`).join("");
       if (bars) svg.append(make("path", { class: `whisker c${i}`, d: bars }));
@@ -86,7 +93,8 @@ function curve(title, keys) {
       ...s.at.map(([step, v]) => make("circle", { class: `c${i}`, cx: x(step), cy: y(v), r: 2.6 })));
   });
 
-  const shown = series.map((s, i) => make("span", {}, make("i", { class: `c${i}` }), s.label, make("b")));
+  const shown = series.map((s, i) =>
+    make("span", {}, make("i", { class: `c${i}` }), s.label, make("b")));
   const step = make("span");
   const tell = (at) => {
     step.textContent = at === null ? "" : `step ${at}`;
@@ -103,8 +111,9 @@ function curve(title, keys) {
     const wanted = first + Math.min(1, Math.max(0, share)) * (last - first);
     return steps.reduce((a, b) => (Math.abs(b - wanted) < Math.abs(a - wanted) ? b : a));
   };
-  svg.addEventListener("pointermove", (event) => { tell(under(event)); place(hover, under(event)); });
-  svg.addEventListener("pointerleave", () => { tell(null); place(hover, null); });
+  const point = (at) => { tell(at); place(hover, at); };
+  svg.addEventListener("pointermove", (event) => point(under(event)));
+  svg.addEventListener("pointerleave", () => point(null));
   svg.addEventListener("click", (event) => goNear(under(event)));
   const place = (line, at) => {
     const inside = at !== null && at >= first && at <= last;
@@ -116,12 +125,12 @@ function curve(title, keys) {
 }
 function drawCurves() {
   const used = new Set(["step", "eval/low", "eval/high"]);
+  const rest = $("more").querySelector("div");
   for (const [title, keys] of Object.entries(PANELS)) {
     const card = curve(title, keys);
     keys.forEach(([, key]) => used.add(key));
-    if (card) $("curves").append(card);
+    if (card) ($("curves").children.length < FRONT ? $("curves") : rest).append(card);
   }
-  const rest = $("more").querySelector("div");
   for (const [phase, lines] of Object.entries(data.curves)) {
     for (const key of Object.keys(lines).filter((k) => !used.has(k))) {
       const card = curve(key, [[phase, key, phase]]);
