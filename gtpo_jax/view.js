@@ -20,7 +20,7 @@ function make(tag, attributes = {}, ...children) {
 
 const text = (number) => (number === null ? null : data.texts[number]);
 const sign = (x) => (x > 0 ? "+" : x < 0 ? "−" : "");
-const signed = (x) => (x === null ? "–" : sign(x) + Math.abs(x).toFixed(2));
+const signed = (x) => (x === null ? "–" : sign(Number(x.toFixed(2))) + Math.abs(x).toFixed(2));
 
 // ---- Python, coloured --------------------------------------------------------------------
 
@@ -162,9 +162,13 @@ function showGroup(group) {
   $("prompt").replaceChildren(
     text(before), make("b", {}, text(question) || ""), text(after) || "");
   $("answer").replaceChildren("right answer ", make("b", {}, text(answer)));
+  $("problem").classList.toggle("many", group.members.length > 8);
   showMap(group);
   showMatrix(group);
   const shown = group.members.filter(passes);
+  const lines = shown.flatMap((m) => m.turns).flatMap((t) => (text(t[1]) || "").split("\n"));
+  // Wide enough for the longest line of code, within limits that the style sets.
+  $("group").style.setProperty("--characters", Math.max(...lines.map((line) => line.length)));
   const rows = 1 + Math.max(1, ...shown.map((m) => m.turns.length));
   $("group").replaceChildren(...shown.map((m) => {
     const column = make("article", { class: inLoss(m) ? "" : "out", "data-member": m.member },
@@ -270,10 +274,10 @@ function showMatrix({ members, similar }) {
   const last = some && make("th", {}, "mean to ✓");
   $("matrix").replaceChildren(
     make("tr", {}, make("th"), ...members.map(memberName), last), ...rows);
-  $("credit").hidden = !some;
+  $("credit").hidden = !some || data.alpha === null;
   $("credit").textContent = data.alpha
     ? `A wrong answer earns α = ${data.alpha} times its mean similarity to the right ones.`
-    : "This run gives wrong answers no credit for it (α = 0).";
+    : "In this run a wrong answer earns nothing by it (α = 0).";
 }
 
 // ---- the page ----------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """What a browser shows of a run's report. Needs the extra `browser` and a Chromium."""
 
+import contextlib
 import json
+import subprocess
+import sys
 
 import pytest
 from view_run import EVIL, write_run
@@ -13,13 +16,12 @@ pytest.importorskip("playwright.sync_api", reason="no Playwright: the extra `bro
 
 @pytest.fixture(scope="module")
 def chromium():
-    running = view.browser()
-    try:
-        found = running.__enter__()
-    except InputError as error:
-        pytest.skip(str(error))
-    yield found
-    running.__exit__(None, None, None)
+    with contextlib.ExitStack() as stack:
+        try:
+            found = stack.enter_context(view.browser())
+        except InputError as error:
+            pytest.skip(str(error))
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -261,3 +263,13 @@ def test_without_recorded_steps_only_curves_are_shown(chromium, tmp_path):
     assert not tab.is_visible("#recorded") and tab.locator("#curves svg").count() == 1
     assert "there are curves alone" in tab.text_content("#notes") and not errors
     tab.close()
+
+
+def test_a_picture(chromium, file, tmp_path):
+    picture = tmp_path / "report.png"
+    python = [sys.executable, "-m", "gtpo_jax.view", file.parent, f"--screenshot={picture}"]
+    subprocess.run(python, check=True, capture_output=True)
+    head = picture.read_bytes()[:24]
+    assert head.startswith(b"\x89PNG")
+    size = (int.from_bytes(head[16:20], "big"), int.from_bytes(head[20:24], "big"))
+    assert size == (1440, 1000)
