@@ -57,7 +57,7 @@ def report(run: Path, max_bytes: int = MAX_BYTES) -> str:
     recorded = run / "trajectories.jsonl"
     groups = _groups(read_lines(recorded, notes, _slim)) if recorded.exists() else {}
     if not groups:
-        notes.append("trajectories.jsonl has no recorded step: there are curves alone")
+        notes.append("no trajectories are recorded: there are curves alone")
     if not curves and not groups:
         raise InputError(f"{run}/metrics.jsonl has no line: did the run begin?")
     config = _config(run)
@@ -380,8 +380,8 @@ def main() -> None:
     page = report(options.run)
     out = options.out or options.run / "report.html"
     for path in filter(None, (out, options.screenshot)):
-        if not path.parent.is_dir():
-            raise InputError(f"{path}: the folder {path.parent} does not exist")
+        if path.is_dir() or not path.parent.is_dir():
+            raise InputError(f"{path} must name a file in a folder that exists")
     out.write_text(page, encoding="utf-8")
     print(f"{out}: {len(page.encode()) / 1e6:.1f} MB")
     if options.screenshot:

@@ -56,6 +56,9 @@ function curve(title, keys) {
   if (!series.length) return null;
   const all = series.flatMap((s) => s.at);
   const steps = all.map(([step]) => step), values = all.map(([, value]) => value);
+  if (keys.some(([, key]) => key === "eval/accuracy")) {
+    values.push(...points("eval", "eval/high").map(([, high]) => high));
+  }
   const [first, last] = [Math.min(...steps), Math.max(...steps)];
   let [low, high] = [Math.min(...values, 0), Math.max(...values)];
   if (low === high) high = low + 1;

@@ -193,7 +193,7 @@ def test_without_recorded_steps_there_are_curves(tmp_path, empty):
         (run / "trajectories.jsonl").write_text("")
     data = data_of(view.report(run))
     assert data["steps"] == [] and data["curves"]["eval"]
-    assert data["notes"] == ["trajectories.jsonl has no recorded step: there are curves alone"]
+    assert data["notes"] == ["no trajectories are recorded: there are curves alone"]
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out_and_noted(tmp_path):
@@ -267,7 +267,9 @@ def test_other_wrong_input_is_one_line(tmp_path, monkeypatch, capsys):
     code, error = command(monkeypatch, capsys, run)
     assert code == 2 and "has no line: did the run begin?" in error
     code, error = command(monkeypatch, capsys, write_run(run), "--out=/no/such/folder/a.html")
-    assert code == 2 and "the folder /no/such/folder does not exist" in error
+    assert code == 2 and "must name a file in a folder that exists" in error
+    code, error = command(monkeypatch, capsys, run, f"--out={tmp_path}")
+    assert code == 2 and "must name a file in a folder that exists" in error
 
 
 def test_the_command_writes_into_the_run_or_where_it_is_told(tmp_path, monkeypatch, capsys):
