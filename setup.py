@@ -11,6 +11,7 @@ EXTRAS = {
     "tensorboard": ["tensorboardX>=2.6"],
     "wandb": ["wandb>=0.18"],
     "plan": ["libtpu"],
+    "browser": ["playwright>=1.50"],
     "parity": ["torch>=2.4", "accelerate>=1.0"],
     "dev": ["pytest>=9.0", "hypothesis>=6.100", "ruff>=0.6"],
 }
@@ -23,6 +24,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["gtpo_jax", "gtpo_jax.*"]),
+    package_data={"gtpo_jax": ["view.html", "view.css", "view*.js"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10",
