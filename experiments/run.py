@@ -154,6 +154,12 @@ def perform(job: Job, claim: Path, until: float) -> bool:
     with log.open("a") as out:
         process = subprocess.Popen(job.command, stdout=out, stderr=out)
     claim = claims.hand(claim, process.pid)
+    if claim is None:
+        process.kill()
+        raise InputError(
+            f"{job.name}: another runner took it, as if this one had been gone for "
+            f"{claims.STALE:.0f} s"
+        )
     try:
         code = process.wait(None if until == float("inf") else max(until - time.time(), 0))
     except (subprocess.TimeoutExpired, KeyboardInterrupt) as stopped:
