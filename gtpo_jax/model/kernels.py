@@ -10,9 +10,11 @@ k key/value heads, g query heads of each, m queries, s keys, h head width.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 MASKED = -1e30  # finite, so that a row of padding has no NaN
 BLOCK = 64  # tokens; of 64 to 640, the fastest on two cores, or within the noise of it
+KEPT = "attended"  # where the backward pass makes a layer again, but not its products
 LANES = 128  # rows are filled up to a multiple of it for Pallas kernels
 
 
@@ -51,7 +53,7 @@ def _packed_forward(q, k, v, segment_ids):
 
     blocks = (jnp.arange(len(queries)), queries, segments, first)
     out, log_total = jax.lax.map(attend, blocks)
-    out = _rows(out, q)
+    out, log_total = checkpoint_name(_rows(out, q), KEPT), checkpoint_name(log_total, KEPT)
     return out, (q, k, v, segment_ids, out, log_total)
 
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from gtpo_jax.model import kernels
 from gtpo_jax.model.attention import Cache, cached_attention, packed_attention
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.lora import Adapted
@@ -118,7 +119,11 @@ class Transformer(nn.Module):
             self.param("head", nn.initializers.normal(c.width**-0.5), shape[::-1], dtype)
         block = Block
         if c.remat != "none":
-            policy = {"full": None, "matmuls": jax.checkpoint_policies.dots_saveable}[c.remat]
+            policies = jax.checkpoint_policies
+            matmuls = policies.save_from_both_policies(
+                policies.dots_saveable, policies.save_only_these_names(kernels.KEPT)
+            )
+            policy = {"full": None, "matmuls": matmuls}[c.remat]
             block = nn.remat(Block, policy=policy, prevent_cse=c.unroll > 1)
         layers = nn.scan(
             block,
