@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/gpu.sh [PART ...]
 #
-# Parts (default: all but coldstart): tests, attention, decode, rollout, train, coldstart. The
-# last needs DATA=FOLDER, a folder with gsm8k/ and svamp/. Every line that a part prints goes to
+# Parts (default: all but the last two): tests, attention, decode, rollout, train, coldstart, study.
+# The last two need DATA=FOLDER, a folder with gsm8k/ and svamp/. Every line that a part prints goes to
 # benchmarks/results/DEVICE.jsonl with the date; logs and runs to OUT (default: runs/gpu).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -65,6 +65,14 @@ coldstart() {
         --config.sft.path="$OUT/traces.jsonl" --config.task.path="$DATA/gsm8k"
     python -m gtpo_jax.evaluate --config=configs/smollm2_gsm8k.py --workdir="$OUT/sft" \
         --benchmarks=svamp,gsm8k --data="$DATA" --samples=8 --temperature=1.0
+}
+
+# GRPO and GTPO from one cold start, three seeds each, in pieces of 8 minutes: after each, what is
+# there is saved, and the same command goes on.
+study() {
+    python -m experiments.run --study=overhead --preset=smollm2 --seeds=3 --data="$DATA" \
+        --root="$OUT/experiments" --minutes=8
+    python -m experiments.report --study=overhead --preset=smollm2 --root="$OUT/experiments"
 }
 
 [ $# -gt 0 ] || set -- tests attention decode rollout train ${DATA:+coldstart}

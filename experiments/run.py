@@ -91,8 +91,10 @@ def jobs(
     made = []
     for seed in seeds:
         shared = {"seed": seed, "sandbox.isolation": isolation}
-        cold = root / preset / "coldstart" / f"seed{seed}"
-        made.append(job("sft", "gtpo", cold, shared | scale.cold_start))
+        first = seed % scale.cold_starts if scale.cold_starts else seed
+        cold = root / preset / "coldstart" / f"seed{first}"
+        if first == seed:
+            made.append(job("sft", "gtpo", cold, shared | scale.cold_start))
         for arm in asked.arms:
             settings = shared | scale.settings | ARMS[arm].settings
             settings["model.init_from"] = str(cold)

@@ -47,6 +47,7 @@ class Preset:
     about: str
     count: int = 0
     traces: bool = False  # the cold start imitates traces of `coldstart`, made first
+    cold_starts: int | None = None  # None: one a seed, which its arms share
 
 
 RETURNS = "R_j = sum_m>=j gamma^(m-j) r_m"
@@ -227,6 +228,7 @@ PRESETS = {
         samples=8,
         about="SmolLM2-135M, GSM8K's traces and then its training problems, one GPU",
         traces=True,
+        cold_starts=1,
     ),
     "smollm2_cpu": Preset(
         "configs/smollm2_gsm8k.py",
@@ -242,6 +244,7 @@ PRESETS = {
         count=8,
         about="the same with three steps of 4 problems x 4 samples, to see that it runs",
         traces=True,
+        cold_starts=1,
     ),
     "qwen25_7b": Preset(
         "configs/qwen25_7b_math.py",
@@ -250,5 +253,6 @@ PRESETS = {
         {"sft.path": "{data}/traces.jsonl", "model.source": "{data}/model"},
         samples=32,
         about="the paper's scale, a pod",
+        cold_starts=1,
     ),
 }

@@ -79,6 +79,17 @@ def test_arms_share_a_cold_start_a_seed_and_studies_share_arms(monkeypatch):
     assert all(ours[folder] == theirs[folder] for folder in both)
 
 
+@pytest.mark.skipif(not DATA.is_dir(), reason=f"no benchmark files at {DATA}")
+def test_larger_presets_start_all_seeds_from_one_cold_start(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    jobs = made("overhead", "smollm2", (0, 1, 2), data=str(DATA))
+    cold = [job.folder for job in jobs if "gtpo_jax.sft" in job.command]
+    trained = [job for job in jobs if "gtpo_jax.train" in job.command]
+    assert len(cold) == 1 and len(trained) == 6
+    assert all(job.needs == cold[0] for job in trained)
+    assert [job.config.seed for job in trained] == [0, 0, 1, 1, 2, 2]
+
+
 def test_the_manifest_refuses_to_mix_and_says_what_differs(monkeypatch):
     monkeypatch.chdir(ROOT)
     job = made()[1]
