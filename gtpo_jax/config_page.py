@@ -4,7 +4,6 @@ A setting's meaning is the comment behind it or, where there is none, the one ab
 comment above a setting that has one of its own is a remark on those that follow.
 """
 
-import argparse
 import ast
 import io
 import tokenize
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gtpo_jax import config
+from gtpo_jax.errors import command_parser
 from gtpo_jax.rl.advantages import ADVANTAGES
 from gtpo_jax.rl.losses import LOSSES
 
@@ -180,10 +180,5 @@ def _spaced(text: str) -> str:
 
 def main() -> None:
     """Print the page."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gtpo_jax.config",
-        description=config.__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.parse_args()
+    command_parser("gtpo_jax.config", config.__doc__).parse_args()
     print(page(), end="")
