@@ -19,13 +19,13 @@ import time
 import jax
 import jax.numpy as jnp
 
-from gtpo_jax.errors import run_command
+from gtpo_jax.errors import command_parser, run_command
 from gtpo_jax.model.attention import FLAT, PACKED
 
 
 def main() -> None:
     """Measure, alternating, after a round that compiles."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention")
+    parser = command_parser("benchmarks.attention", __doc__)
     parser.add_argument("--training", action="store_true", help="packed rows, not the cache")
     parser.add_argument("--rows", type=int, default=128)
     parser.add_argument("--group", type=int, default=6)

@@ -10,7 +10,6 @@ the embedding table's unused rows, and the live part of the cache, at the mean l
 prompts, alternating; both are timed from prompts to the last token, prefill included.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -22,7 +21,7 @@ import jax
 import numpy as np
 
 from benchmarks.shapes import SHAPES, load
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.model import sampling
 from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.config import ModelConfig
@@ -92,7 +91,7 @@ def theirs(config: ModelConfig, prompts: np.ndarray, new: int) -> Callable:
 
 def main() -> None:
     """Measure, after one round that compiles."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode")
+    parser = command_parser("benchmarks.decode", __doc__)
     parser.add_argument(
         "--model", default="smollm2-135m", help=f"{', '.join(SHAPES)}, or a source"
     )

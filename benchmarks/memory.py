@@ -7,7 +7,6 @@ aside beside weights, optimiser and gradients (full rematerialisation), those by
 and what the logits of all its tokens would take in float32.
 """
 
-import argparse
 import dataclasses
 import json
 
@@ -17,7 +16,7 @@ import optax
 
 from benchmarks.shapes import SHAPES
 from gtpo_jax import parallel
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.model import transformer
 from gtpo_jax.rl.losses import ppo_clip
 from gtpo_jax.rl.types import Batch
@@ -37,7 +36,7 @@ def working_bytes(config, length: int) -> int:
 
 def main() -> None:
     """Compile for every length."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory")
+    parser = command_parser("benchmarks.memory", __doc__)
     parser.add_argument("--model", default="smollm2-135m", help=", ".join(SHAPES))
     parser.add_argument("--lengths", default="4096,16384,65536")
     parser.add_argument("--dtype", default="float32")

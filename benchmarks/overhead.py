@@ -11,7 +11,6 @@ of code, against a step of so many seconds. Prints one JSON line: milliseconds o
 median of alternating rounds), the difference, and its share of the step.
 """
 
-import argparse
 import functools
 import json
 import statistics
@@ -24,7 +23,7 @@ import numpy as np
 
 from gtpo_jax import metrics
 from gtpo_jax.config import ALGORITHMS
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.rl import record
 from gtpo_jax.rl.advantages import ADVANTAGES
 from gtpo_jax.rl.rewards import score
@@ -81,7 +80,7 @@ def host_side(name: str, made: list[Trajectory], turns: int) -> Callable[[], flo
 
 def main() -> None:
     """Measure, alternating, after a round that compiles."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead")
+    parser = command_parser("benchmarks.overhead", __doc__)
     parser.add_argument("--problems", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--turns", type=int, default=8)

@@ -9,7 +9,6 @@ and by the naive loop (a batch at a time, all wait for the slowest tool, then th
 conversation is prefilled again). Useful are the slot steps whose token is part of a trajectory.
 """
 
-import argparse
 import heapq
 import itertools
 import json
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks.shapes import load
-from gtpo_jax.errors import run_command
+from gtpo_jax.errors import command_parser, run_command
 from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.engine import Engine
 from gtpo_jax.rl.rollout import RolloutConfig, rollout
@@ -187,7 +186,7 @@ def write(problems: int, samples: int, median: int, seed: int):
 
 def main() -> None:
     """Measure, after all is compiled."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.rollout")
+    parser = command_parser("benchmarks.rollout", __doc__)
     parser.add_argument("--model", default="smollm2-135m", help="see benchmarks.decode")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--problems", type=int, default=16)

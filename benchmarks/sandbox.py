@@ -1,6 +1,6 @@
 """What a run in the sandbox costs: runs per second and latency, beside a cold interpreter.
 
-    python -m benchmarks.sandbox [--runs=1000] [--isolation=auto]
+    python -m benchmarks.sandbox --runs=1000 --isolation=auto
 
 Prints one JSON line. The runs are small programs of the kind a model writes, with numpy and
 sympy preloaded; a cold `python -c` with the same imports is timed in the same process,
@@ -8,7 +8,6 @@ alternating with the pool. Latency is from `submit` to the result with as many r
 as there are workers.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from gtpo_jax.errors import run_command
+from gtpo_jax.errors import command_parser, run_command
 from gtpo_jax.tools.sandbox import PRELOAD, Sandbox
 
 PROGRAMS = (
@@ -61,7 +60,7 @@ def cold(times: int) -> list[float]:
 
 def main() -> None:
     """Measure pools of 1, 2, ... up to twice as many workers as CPUs."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.sandbox")
+    parser = command_parser("benchmarks.sandbox", __doc__)
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--isolation", default="auto")
     options = parser.parse_args()

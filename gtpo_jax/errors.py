@@ -1,5 +1,6 @@
-"""The one exception that means "your input is wrong", and how a command ends."""
+"""The one exception that means "your input is wrong", and how a command begins and ends."""
 
+import argparse
 import sys
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,15 @@ class InputError(ValueError):
 
 class Diverged(RuntimeError):
     """Training that can't go on: updates that are not finite, one after another."""
+
+
+def command_parser(module: str, text: str | None) -> argparse.ArgumentParser:
+    """For `python -m module`; `text`, its docstring with an example, is shown by --help."""
+    return argparse.ArgumentParser(
+        prog=f"python -m {module}",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def run_command(main: Callable[[], None]) -> None:

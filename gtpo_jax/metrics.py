@@ -3,11 +3,12 @@
 Keys are `group/name`. Every line has `step` and `phase` ("train", "eval", "sft"). After a
 restart, lines from steps that will be run again are dropped, so that a step is there once.
 
-`python -m gtpo_jax.metrics RUN [RUN ...]` prints the table of finished runs and draws their
-curves to curves.png beside the first of them.
+    python -m gtpo_jax.metrics runs/tiny/gtpo runs/tiny/grpo
+
+prints the table of finished runs and draws their curves to curves.png beside the first of them.
+What each key means: docs/metrics.md.
 """
 
-import argparse
 import contextlib
 import datetime
 import hashlib
@@ -22,7 +23,7 @@ import jax
 from ml_collections import ConfigDict
 from rich import progress
 
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 
 CONSOLE = {  # key -> (label, format), in the order they are printed
     "accuracy/train": ("acc", ".2f"),
@@ -309,7 +310,7 @@ def _format(value: Any, form: str) -> str:
 
 def main() -> None:
     """Table and curves of finished runs."""
-    parser = argparse.ArgumentParser(prog="python -m gtpo_jax.metrics", description=__doc__)
+    parser = command_parser("gtpo_jax.metrics", __doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="folders with a metrics.jsonl")
     runs = parser.parse_args().runs
     rows = [summary(run) for run in runs]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from pages import metric_keys
 
 from configs import tiny
 from gtpo_jax import metrics, sft
@@ -83,6 +84,8 @@ def test_loss_falls_and_the_run_is_written_down(tmp_path):
     lines = metrics.read(run)
     steps = [line for line in lines if line["phase"] == "sft"]
     assert [line["step"] for line in steps] == [1, 20, 40]
+    assert all(line.keys() == metric_keys("sft") for line in steps)
+    assert lines[-1].keys() == metric_keys("eval")
     for name in ("sft/loss", "sft/held_out_loss"):
         losses = [line[name] for line in steps]
         assert losses[2] < losses[1] < losses[0] < 1.1 * np.log(384)

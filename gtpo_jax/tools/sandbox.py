@@ -14,7 +14,6 @@ code can read and write all that you can, use the network, signal your processes
 worker. For code you would run by hand.
 """
 
-import argparse
 import atexit
 import contextlib
 import os
@@ -29,7 +28,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.tools import worker
 from gtpo_jax.tools.isolation import (
     NOBODY,
@@ -322,10 +321,11 @@ def _warn_once() -> None:
 
 
 def main() -> None:
-    """Probe: does the isolation work here, and what does a run cost?"""
-    parser = argparse.ArgumentParser(
-        prog="python -m gtpo_jax.tools.sandbox", description=main.__doc__
-    )
+    """Probe: does the isolation work here, and what does a run cost?
+
+    python -m gtpo_jax.tools.sandbox --isolation=auto
+    """
+    parser = command_parser("gtpo_jax.tools.sandbox", main.__doc__)
     parser.add_argument("--isolation", default="auto", help="auto, bwrap or process")
     with Sandbox(workers=1, isolation=parser.parse_args().isolation) as sandbox:
         sandbox.run("print(6*7)")
