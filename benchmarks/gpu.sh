@@ -3,9 +3,10 @@
 #
 #   bash benchmarks/gpu.sh [PART ...]
 #
-# Parts (default: all but the last two): tests, attention, decode, rollout, train, coldstart, study.
-# The last two need DATA=FOLDER, a folder with gsm8k/ and svamp/. Every line that a part prints goes to
-# benchmarks/results/DEVICE.jsonl with the date; logs and runs to OUT (default: runs/gpu).
+# Parts: tests, attention, decode, rollout, train, coldstart, study. The default is all but the
+# last, and coldstart only with DATA=FOLDER, a folder with gsm8k/ and svamp/, which both need.
+# Every line that a part prints goes to benchmarks/results/DEVICE.jsonl with the date; logs and
+# runs to OUT (default: runs/gpu).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 OUT="${OUT:-runs/gpu}"

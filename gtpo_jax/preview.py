@@ -1,7 +1,8 @@
 """What a run is going to be, in a few lines: said when it starts, and alone by --dry_run.
 
-Nothing is compiled and no weight is read; bytes are those of the shapes. What the compiled
-programs take besides, on devices that need not be there, says `gtpo_jax.plan`.
+Nothing is compiled; bytes are those of the shapes, and of weights only those of a .gguf file
+are read. What the compiled programs take besides, on devices that need not be there, says
+`gtpo_jax.plan`.
 """
 
 import json

@@ -307,18 +307,6 @@ def test_a_data_file_with_a_broken_row_is_named(tmp_path, monkeypatch, capsys):
     assert "train.jsonl:2" in refused(monkeypatch, capsys, arguments)
 
 
-@pytest.mark.parametrize("name", ["train", "sft", "evaluate", "metrics"])
-def test_help_shows_an_example(name):
-    out = subprocess.run(
-        [sys.executable, "-m", f"gtpo_jax.{name}", "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert f"python -m gtpo_jax.{name} " in out.stdout and out.stderr == ""
-
-
 def test_the_command_itself_ends_with_one_line_and_exit_code_2(tmp_path):
     out = subprocess.run(
         command(tmp_path, "--config.rolout.samples=4"),
