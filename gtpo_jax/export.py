@@ -14,6 +14,7 @@ The folder appears when it is whole. Training can start from it: --config.model.
 import argparse
 import json
 import os
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,18 @@ def _save_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     file = folder / "tokenizer_config.json"
     raw = json.loads(file.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}
     file.write_text(json.dumps(raw, indent=2, ensure_ascii=False) + "\n")
+
+
+def misread(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Whether `AutoTokenizer` makes other ids of a text than `tokenizer` does.
+
+    transformers 5 gives every qwen2 model Qwen's own splitting, whatever its tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    text = "What is  12345 + 6.7?\n\n    print('it is')\n"
+    theirs = AutoTokenizer.from_pretrained(folder)
+    return theirs.encode(text, add_special_tokens=False) != tokenizer.encode(text)
 
 
 def hugging_face(tokenizer: SentencePieceTokenizer) -> Any:
@@ -134,6 +147,12 @@ def main() -> None:
     policy = build.from_run(chosen.run, chosen.which)
     write(chosen.out, policy, chosen.dtype)
     print(f"{chosen.run} ({chosen.which} checkpoint) exported to {chosen.out}")
+    if misread(chosen.out, policy.tokenizer):
+        print(
+            "note: this version's AutoTokenizer splits text otherwise than the model was "
+            f"trained with: use PreTrainedTokenizerFast.from_pretrained({str(chosen.out)!r})",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

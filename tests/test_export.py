@@ -86,6 +86,7 @@ def transformers_apart(folder, config, params):
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert str(model.dtype) == f"torch.{config.param_dtype}"
     tokens = random_tokens(2, 33)
     theirs = torch_logits(model.float().eval(), tokens)
     assert theirs.std() > 0.5
@@ -157,6 +158,18 @@ def test_sentencepiece_tokenizer_in_transformers(tokenizer, tmp_path):
     again = load_tokenizer(tmp_path / "out")
     assert again.encode(corpus[0]) == tokenizer.encode(corpus[0])
     assert again.end_ids == tokenizer.end_ids
+
+
+@pytest.mark.parametrize("name", ["qwen3 tied", "qwen2 tied"])
+def test_a_tokenizer_that_transformers_replaces_is_noticed(name, tokenizer, tmp_path):
+    import transformers
+
+    export.write(tmp_path / "out", random_policy(name, tokenizer))
+    replaced = name == "qwen2 tied" and int(transformers.__version__.split(".")[0]) >= 5
+    assert export.misread(tmp_path / "out", tokenizer) == replaced
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
+    text = arithmetic.corpus(1, 1)[0]
+    assert theirs(text)["input_ids"] == tokenizer.encode(text)
 
 
 def test_hugging_face_tokenizer(tmp_path):
@@ -273,6 +286,7 @@ def test_the_command(tokenizer, tmp_path):
     assert str(out) in said and "best" in said
     assert same(weights.load(out)[1], first.params)
     assert out.stat().st_mode & 0o777 == (tmp_path / "run").stat().st_mode & 0o777
+    assert {f.stat().st_mode for f in out.iterdir()} == {(run / "model.json").stat().st_mode}
     assert [path.name for path in out.parent.iterdir()] == ["best"]
 
     code, _, complaint = command(run, f"--out={out}")

@@ -7,10 +7,10 @@ family that this decoder computes:
    differs from Llama, as fields of ModelConfig. A computation that no field describes is a new
    field first, and a line in `transformer.Block`.
 2. ONLY: settings of its config.json that would change the numbers; other values are refused.
-3. NAMES: a line for each tensor that it has and the others have not. Where a family has other
-   names altogether, they are a column beside HF.
-4. tests/model/random_models.py: a line in MODELS, which has it compared with `transformers`
-   (logits, gradients, generation), recorded, and exported.
+3. NAMES and `shapes`: a line for each tensor that it has and the others have not. Where a
+   family has other names altogether, they are a column beside HF.
+4. MODELS in tests/model/random_models.py: a line there has it compared with `transformers`
+   (logits, gradients), exported and read back.
 """
 
 import dataclasses

@@ -120,6 +120,8 @@ def save_hf(
     for file, names in zip(files, shards, strict=True):
         tensors = {name: as_stored(config, params, places[name], kind) for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        # Newer versions of safetensors let the owner alone read it.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
 
 
 def as_stored(config: ModelConfig, params: dict, place: Place, dtype: Any) -> np.ndarray:
