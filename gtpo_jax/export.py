@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from gtpo_jax import build
 from gtpo_jax.build import Policy
 from gtpo_jax.errors import InputError, run_command
@@ -48,8 +50,9 @@ def write(out: Path, policy: Policy, dtype: str = "", **options: Any) -> None:
             save_hf(folder, policy.config, policy.params, dtype, **options)
             _save_tokenizer(folder, policy.tokenizer)
             os.rename(folder, out)
-    except OSError as error:
-        raise InputError(f"{out}: can't be written: {error.strerror or error}") from error
+    except (OSError, SafetensorError) as error:  # the latter has no strerror
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{out}: can't be written: {reason}") from error
 
 
 def refuse(out: Path) -> None:

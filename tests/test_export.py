@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import signal
 import subprocess
 import sys
 
@@ -320,15 +322,19 @@ def test_no_family_is_such_a_model(tokenizer, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_is_left_of_an_export_that_failed(tokenizer, tmp_path, monkeypatch):
+def test_nothing_is_left_of_an_export_that_failed(tokenizer, tmp_path):
     policy = random_policy("qwen2 tied", tokenizer)
-
-    def full(*_, **__):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("safetensors.numpy.save_file", full)
-    message = complaint(tmp_path / "out", policy)
-    assert message == f"{tmp_path / 'out'}: can't be written: No space left on device"
+    # No file above 8000 bytes, as a full disk would have it.
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8000, before[1]))
+    try:
+        message = complaint(tmp_path / "out", policy)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert message.startswith(f"{tmp_path / 'out'}: can't be written: ")
+    assert "File too large" in message
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").write_text("")
     assert "can't be written" in complaint(tmp_path / "file" / "out", policy)
