@@ -7,14 +7,14 @@ its fused kernel); logits of the sampled tokens alone; fused AdamW.
 
 import time
 
-import jax
 import numpy as np
 import torch
 import transformers
 
+from gtpo_jax.model import families
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.transformer import Params
-from gtpo_jax.model.weights import HF, LAYER, NAMES
+from gtpo_jax.model.weights import as_stored
 from gtpo_jax.rl.types import Batch
 
 
@@ -99,21 +99,8 @@ class Peer:
 
 def hugging_face(config: ModelConfig) -> transformers.PreTrainedModel:
     """The Hugging Face model of that shape, with random weights."""
-    family = "Qwen2" if config.qkv_bias else "Qwen3" if config.qk_norm else "Llama"
-    settings = getattr(transformers, f"{family}Config")(
-        vocab_size=config.vocab_size,
-        hidden_size=config.width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.hidden,
-        max_position_embeddings=config.max_length,
-        rms_norm_eps=config.norm_eps,
-        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        tie_word_embeddings=config.tie_embeddings,
-    )
-    return getattr(transformers, f"{family}ForCausalLM")(settings)
+    settings = transformers.AutoConfig.for_model(**families.to_hf(config))
+    return transformers.AutoModelForCausalLM.from_config(settings)
 
 
 def _with_weights(config: ModelConfig, params: Params) -> transformers.PreTrainedModel:
@@ -121,14 +108,7 @@ def _with_weights(config: ModelConfig, params: Params) -> transformers.PreTraine
     model = hugging_face(config)
     named = dict(model.named_parameters())
     with torch.no_grad():
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-            name = "/".join(key.key for key in path)
-            values = np.asarray(leaf, np.float32)
-            if name.endswith("kernel") or name == "head":
-                values = values.swapaxes(-1, -2)
-            if not name.startswith("layers/"):
-                named[NAMES[name][HF]].copy_(torch.tensor(values))
-                continue
-            for layer, one in enumerate(values):
-                named[LAYER[HF].format(layer) + NAMES[name][HF]].copy_(torch.tensor(one))
+        for name, place in families.places(config, families.HF).items():
+            values = as_stored(config, params, place, np.float32)
+            named[name].copy_(torch.tensor(values))
     return model

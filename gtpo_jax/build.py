@@ -181,15 +181,15 @@ def published(config: ConfigDict, source: str) -> Policy:
     return Policy(model, params, tokenizers.load_tokenizer(source))
 
 
-def from_run(run: Path) -> Policy:
-    """The policy of a run's newest checkpoint. Raises InputError where there is none."""
+def from_run(run: Path, which: str = "newest") -> Policy:
+    """The policy of a run's "newest" or "best" checkpoint. InputError where there is none."""
     path = run / "model.json"
     if not path.exists():
         raise InputError(f"{run}: no model.json there; is it the folder of a run?")
     model = ModelConfig(**json.loads(path.read_text()))
     like = jax.eval_shape(lambda: transformer.init(model, 0))
     trained, frozen = lora.split(model, like)
-    parts = checkpoint.load_params(run, {"params": trained, "frozen": frozen})
+    parts = checkpoint.load_params(run, {"params": trained, "frozen": frozen}, which)
     params = lora.join(parts["params"], parts["frozen"])
     return Policy(model, params, tokenizers.load_tokenizer(str(run / "tokenizer")))
 

@@ -8,6 +8,35 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
 # Name -> what the forward pass of a layer keeps for the backward pass besides its input; the
 # rest is computed again. "none" keeps all and is fastest, "full" keeps least.
 REMAT = ("none", "matmuls", "full")
+# Ways to stretch RoPE -> what each needs, by Hugging Face's names.
+LLAMA3 = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+ROPE_SCALING = {"linear": ("factor",), "llama3": ("factor", *LLAMA3)}
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """How a context longer than that of pre-training is reached: `transformer.frequencies`."""
+
+    kind: str
+    factor: float
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None  # tokens
+
+    def __post_init__(self) -> None:
+        if self.kind not in ROPE_SCALING:
+            raise InputError(
+                f"model.rope_scaling.kind={self.kind!r}: one of {', '.join(ROPE_SCALING)}"
+            )
+        for name in ROPE_SCALING[self.kind]:
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or value <= 0:
+                raise InputError(f"model.rope_scaling.{name}={value!r} must be a number > 0")
+        if self.kind == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            raise InputError(
+                f"model.rope_scaling.low_freq_factor={self.low_freq_factor} must be below "
+                f"high_freq_factor={self.high_freq_factor}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +63,7 @@ class ModelConfig:
     hidden: int
     max_length: int
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
     norm_eps: float = 1e-6
     qkv_bias: bool = False
     qk_norm: bool = False
@@ -64,6 +94,8 @@ class ModelConfig:
         if self.lora_rank < 0:
             raise InputError(f"model.lora.rank={self.lora_rank} must be at least 0 (0: none)")
         object.__setattr__(self, "lora_targets", tuple(self.lora_targets))  # from JSON: a list
+        if isinstance(self.rope_scaling, dict):  # from JSON
+            object.__setattr__(self, "rope_scaling", RopeScaling(**self.rope_scaling))
         for name in self.lora_targets:
             if name not in MATRICES:
                 raise InputError(f"model.lora.targets: {name!r}: one of {', '.join(MATRICES)}")

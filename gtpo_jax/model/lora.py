@@ -67,7 +67,8 @@ def merged(config: ModelConfig, params: dict) -> dict:
             return {k: walk(v) if isinstance(v, dict) else v for k, v in tree.items()}
         tree = dict(tree)
         a, b = tree.pop("lora_a"), tree.pop("lora_b")
-        change = (config.lora_alpha / config.lora_rank) * jnp.matmul(a, b)
+        # An accelerator would round the factors to fewer bits by default.
+        change = (config.lora_alpha / config.lora_rank) * jnp.matmul(a, b, precision="highest")
         kernel = tree["kernel"]
         return {**tree, "kernel": (kernel.astype(jnp.float32) + change).astype(kernel.dtype)}
 

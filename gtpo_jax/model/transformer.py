@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gtpo_jax.model import kernels
 from gtpo_jax.model.attention import Cache, cached_attention, packed_attention
-from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.config import ModelConfig, RopeScaling
 from gtpo_jax.model.lora import Adapted
 from gtpo_jax.parallel import Layout
 
@@ -22,10 +22,32 @@ Params = dict[str, Any]
 ONE_DEVICE = Layout()
 
 
-def rope(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary embedding, Hugging Face's half-rotation form. x [B,T,n,h], positions [B,T]."""
-    half = x.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
+    """RoPE's angle per token, radians: f_i = theta^(-2i/h), float32 [h/2].
+
+    Scaled to reach a longer context (transformers, modeling_rope_utils.py):
+
+        linear   f / factor
+        llama3   (1 - s) f / factor + s f,   s = clip((L f / 2 pi - low) / (high - low), 0, 1)
+
+    with L = original_max_position_embeddings: a pair that turns less than `low` times over L is
+    slowed down, one that turns more than `high` times is kept.
+    """
+    half = head_dim // 2
+    f = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    if scaling is None:
+        return f
+    if scaling.kind == "linear":
+        return f / scaling.factor
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = scaling.original_max_position_embeddings * f / (2 * jnp.pi)
+    s = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1 - s) * f / scaling.factor + s * f
+
+
+def rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Array:
+    """Rotary embedding, Hugging Face's half-rotation form. x [B,T,n,h], positions [B,T],
+    frequencies [h/2]."""
     angles = positions[..., None, None].astype(jnp.float32) * frequencies  # [B,T,1,h/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -82,8 +104,9 @@ class Block(nn.Module):
         q, k, v = heads("q", c.heads), heads("k", c.kv_heads), heads("v", c.kv_heads)
         if c.qk_norm:
             q, k = norm(c, "q_norm")(q), norm(c, "k_norm")(k)
-        q = rope(q, positions, c.rope_theta) * c.head_dim**-0.5
-        k = rope(k, positions, c.rope_theta)
+        turning = frequencies(c.head_dim, c.rope_theta, c.rope_scaling)
+        q = rope(q, positions, turning) * c.head_dim**-0.5
+        k = rope(k, positions, turning)
         on = {"platform": self.layout.platform}
         if cache is None:
             attend = functools.partial(packed_attention, one_segment=c.one_segment, **on)

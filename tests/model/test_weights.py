@@ -5,6 +5,7 @@ That the numbers mean the same as elsewhere is in test_parity.py.
 
 import importlib.util
 import json
+import tracemalloc
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from safetensors.numpy import save_file
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.model import transformer
-from gtpo_jax.model.weights import load, load_gguf, load_hf, smollm2_path
+from gtpo_jax.model.config import RopeScaling
+from gtpo_jax.model.families import HF, places
+from gtpo_jax.model.weights import load, load_gguf, load_hf, read_config, smollm2_path
 
 CONFIG = {
     "model_type": "llama",
@@ -103,9 +106,14 @@ def test_max_length(tmp_path):
     [
         ({"model_type": "gpt2"}, "model_type='gpt2': one of llama, qwen2, qwen3"),
         ({"model_type": None}, "model_type=None: one of llama"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "'llama3' is not supported"),
-        ({"rope_scaling": {"type": "linear"}}, "'linear' is not supported, only 'default'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8}}, "low_freq_factor is missing"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": -2}}, "rope_scaling.factor=-2 must be"),
+        (
+            {"rope_parameters": {"rope_type": "yarn"}},
+            "'yarn' is not supported, only 'default', 'linear', 'llama3'",
+        ),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "has 'sliding_attention'"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' is not supported, only 'silu'"),
         ({"attention_bias": True}, "attention_bias=True is not supported, only False"),
@@ -142,6 +150,8 @@ def test_files_that_are_not_there(tmp_path):
     assert "config.json: no such file" in complaint(load, tmp_path)
     (tmp_path / "config.json").write_text("{")
     assert "config.json: not JSON" in complaint(load, tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    assert "config.json: list, not an object of JSON" in complaint(load, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     assert "model.safetensors: no such file" in complaint(load, tmp_path)
     (tmp_path / "model.safetensors").write_text("no tensors")
@@ -156,12 +166,36 @@ def test_shards(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text("{}")
     assert "index.json: weight_map is missing" in complaint(load_hf, tmp_path)
+    index.write_text('{"weight_map": ["a"]}')
+    assert "index.json: weight_map is no object" in complaint(load_hf, tmp_path)
     halves = {name: f"part-{i % 2}.safetensors" for i, name in enumerate(sorted(found))}
     index.write_text(json.dumps({"weight_map": halves}))
     for part in ("part-0.safetensors", "part-1.safetensors"):
         assert f"{part}: no such file" in complaint(load_hf, tmp_path)
         save_file({n: found[n] for n in found if halves[n] == part}, tmp_path / part)
     jax.tree.map(np.testing.assert_array_equal, load_hf(tmp_path)[1], whole)
+    # A shard that lacks what the index promises of it.
+    held = {n: found[n] for n in found if halves[n] == halves[Q0] and n != Q0}
+    save_file(held, tmp_path / halves[Q0])
+    assert f"tensor {Q0} missing" in complaint(load_hf, tmp_path)
+
+
+def test_reading_holds_one_tensor_besides_the_parameters(tmp_path):
+    """Matrices of 1 MB each: what NumPy holds at most, against what comes out."""
+    settings = CONFIG | {"hidden_size": 512, "intermediate_size": 512, "head_dim": 128}
+    settings |= {"num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 512}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    config = read_config(tmp_path, "float32", "float32")
+    made = {n: np.ones(p.shape, np.float32) for n, p in places(config, HF).items()}
+    save_file(made, tmp_path / "model.safetensors")
+    del made
+    load_hf(tmp_path)  # whatever is allocated once
+    tracemalloc.start()
+    params = load_hf(tmp_path)[1]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    total = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert total > 16 * 2**20 and peak < total + 2.5 * 2**20
 
 
 def gguf_file(path, arch="llama", tied=True, change=None, extra=()):
@@ -210,11 +244,18 @@ def test_gguf_is_the_same_model(tied, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, same)
 
 
+def test_gguf_with_linear_scaling(tmp_path):
+    change = {"rope.scaling.type": "linear", "rope.scaling.factor": 2}
+    config = load(gguf_file(tmp_path / "a.gguf", change=change))[0]
+    assert config.rope_scaling == RopeScaling("linear", 2)
+
+
 @pytest.mark.parametrize(
     ("made", "says"),
     [
         ({"arch": "gemma"}, "architecture 'gemma' is not supported, only 'llama'"),
         ({"change": {"rope.scaling.type": "yarn"}}, "RoPE scaling 'yarn' is not supported"),
+        ({"change": {"rope.scaling.type": "linear"}}, "rope.scaling.factor is missing"),
         ({"change": {"rope.dimension_count": 2}}, "RoPE turns 2 of 4"),
         ({"change": {"block_count": None}}, "llama.block_count is missing"),
         ({"change": {"block_count": 3}}, "blk.2.attn_k.weight and 8 more missing"),
