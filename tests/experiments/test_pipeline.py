@@ -19,12 +19,15 @@ DATA = ROOT.parent / "shared" / "data"
 def test_smollm2_from_traces_to_a_report(tmp_path):
     pytest.importorskip("gguf")
     data = tmp_path / "data"
-    for task, name, count in (("gsm8k", "train", 150), ("gsm8k", "test", 16), ("svamp", "", 8)):
+    for task, name, count in (
+        ("gsm8k", "train", 150),
+        ("gsm8k", "test", 16),
+        ("svamp", "test", 8),
+    ):
         (data / task).mkdir(parents=True, exist_ok=True)
-        (found,) = (DATA / task).glob(f"*{name}*.json*")
-        with found.open(encoding="utf-8") as lines:
+        with (DATA / task / f"{name}.jsonl").open(encoding="utf-8") as lines:
             few = list(itertools.islice(lines, count))
-        (data / task / found.name).write_text("".join(few), encoding="utf-8")
+        (data / task / f"{name}.jsonl").write_text("".join(few), encoding="utf-8")
     command = [sys.executable, "-m", "experiments.run", "--study=overhead"]
     command += ["--preset=smollm2_cpu", "--seeds=1", f"--root={tmp_path / 'runs'}"]
     command += [f"--data={data}", "--isolation=process"]
