@@ -106,8 +106,10 @@ def rollout(
     limits: RolloutConfig,
     seed: int,
     step: int,
+    watch: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> tuple[list[Trajectory], RolloutStats]:
-    """Sample `samples` trajectories of every problem, in (problem, member) order.
+    """Sample `samples` trajectories of every problem, in (problem, member) order; `watch` is
+    called with each that is under way whenever it may have grown.
 
     Raises InputError where a prompt leaves no room in the engine's context.
     """
@@ -154,6 +156,8 @@ def rollout(
         for slot in said:
             if _end_turn(engine, slot, live[slot], tokenizer, form, task, judges, limits):
                 live[slot].outcome = _start_call(live[slot], judges.programs, limits)
+        for item in live.values():
+            watch(item.trajectory)
         for slot in [s for s in sorted(live) if live[s].done]:
             engine.release(slot)
             item = live.pop(slot)
