@@ -238,7 +238,7 @@ def main() -> None:
     how, source = Sampling(options["temperature"]), options["model"]
     config = one_at_a_time(config)
     with build.judges(config) as judges:
-        policy = build.published(config, source) if source else build.from_run(workdir)
+        policy = build.from_run(workdir) if workdir else build.published(config, source)
         answer = answerer(config, policy, judges, how, options["setup"])
         if options["problem"]:
             answer(options["problem"], 0)

@@ -328,7 +328,7 @@ def parse_command(
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
-    define = {
+    define: dict[type, Callable] = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,

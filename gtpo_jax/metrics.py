@@ -72,7 +72,7 @@ class MetricsLog:
         self._bar = self._stack.enter_context(
             progress.Progress(transient=True, disable=not sys.stdout.isatty())
         )
-        self._task = None
+        self._task: progress.TaskID | None = None
         self._started = time.perf_counter()
         self._first: tuple[int, float] | None = None  # the first step here, when it was logged
 

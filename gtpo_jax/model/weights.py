@@ -97,7 +97,7 @@ def load_hf(
     fields = _hf_fields(_read_json(file), file)
     config = _config(fields, file, dtype, param_dtype, max_length)
     with ExitStack() as stack:
-        holders = {}  # tensor name -> the open shard it lies in
+        holders: dict[str, Any] = {}  # tensor name -> the open shard it lies in
         for shard in _shards(folder):
             try:
                 opened = stack.enter_context(safe_open(shard, framework="np"))
@@ -299,7 +299,9 @@ def _assemble(
 ) -> dict:
     """Check `stored` (name -> shape) against the config, then read tensor by tensor."""
     shapes = _shapes(config)
-    places = {}  # name in the file -> (path in the tree, layer or ... outside all)
+    places: dict[
+        str, tuple[str, Any]
+    ] = {}  # name in the file -> (path in the tree, layer or ... outside all)
     for path in shapes:
         name = NAMES[path][column]
         if not path.startswith("layers/"):

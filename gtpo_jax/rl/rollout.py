@@ -251,7 +251,7 @@ def earlier_code(trajectory: Trajectory) -> tuple[str, ...]:
     return tuple(
         turn.call.code
         for turn in trajectory.turns
-        if turn.result is not None and turn.result.status in ("ok", "error")
+        if isinstance(turn.call, Call) and turn.result and turn.result.status in ("ok", "error")
     )
 
 
@@ -354,10 +354,10 @@ def _judge(trajectory: Trajectory, verdict: Verdict) -> None:
 
 def _start_call(item: _Live, sandbox, limits) -> Future[Result | Invalid] | None:
     """The outcome of the call that ended the turn; that of an invalid one is there at once."""
-    if item.done:
-        return None
     trajectory = item.trajectory
     call = trajectory.turns[-1].call
+    if item.done or call is None:
+        return None
     if isinstance(call, Call):
         history = earlier_code(trajectory) if limits.stateful else ()
         return sandbox.submit(call.code, history, trajectory.problem.meta.get("setup", ""))
