@@ -1,6 +1,6 @@
 """What the notebooks share: the embedded task at a size that takes seconds, and a cold start.
 
-The cold start is made once, in runs/cold beside the notebooks: 200 steps, half a minute on two
+The cold start is made once, in runs/cold beside the notebooks: 350 steps, half a minute on two
 cores. It calls the tool as it should and copies most numbers right. Without a sandbox that
 isolates (see the README), start Jupyter with ISOLATION=process in its environment.
 """
@@ -20,6 +20,8 @@ SETTINGS = {
     "trajectories_every": 1,
     "task.count": 400,
     "task.eval_count": 16,
+    "model.hidden": 512,
+    "model.unroll": 2,
     "rollout.problems": 8,
     "rollout.samples": 8,
     "rollout.slots": 64,
@@ -31,9 +33,9 @@ SETTINGS = {
     "learn.row_tokens": 160,
     "learn.micro_rows": 16,
     "optim.lr": 3e-4,
-    "sft.traces": 4000,
+    "sft.traces": 12000,
     "sft.held_out": 50,
-    "sft.steps": 200,
+    "sft.steps": 350,
     "sft.schedule": "linear",
     "sandbox.isolation": os.environ.get("ISOLATION", "auto"),
     "sandbox.preload": ("math", "random"),
