@@ -193,6 +193,7 @@ def typed() -> Iterator[str]:
         try:
             line = input("> " if asks else "").strip()
         except EOFError:
+            print(end="\n" if asks else "")
             return
         except KeyboardInterrupt:
             print()

@@ -95,7 +95,7 @@ class MetricsLog:
         if phase != "eval" and of:
             first, began = self._first = self._first or (step, now)
             if step > first:
-                left = (of - 1 - step) * (now - began) / (step - first)
+                left = max(0.0, (of - 1 - step) * (now - began) / (step - first))
                 shown.append(f"left {datetime.timedelta(seconds=round(left))}")
         total = f"/{of}" if of else ""
         text = f"[{now - self._started:6.1f}s] {phase} {step}{total}  " + "  ".join(shown)
