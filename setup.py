@@ -13,7 +13,15 @@ EXTRAS = {
     "plan": ["libtpu"],
     "browser": ["playwright>=1.50"],
     "parity": ["torch>=2.4", "accelerate>=1.0"],
-    "dev": ["pytest>=9.0", "hypothesis>=6.100", "ruff>=0.6"],
+    "dev": [
+        "pytest>=9.0",
+        "hypothesis>=6.100",
+        "ruff>=0.6",
+        "mypy>=1.13",
+        "nbclient>=0.10",
+        "nbformat>=5.10",
+        "ipykernel>=6.29",
+    ],
 }
 
 setup(

@@ -44,8 +44,8 @@ def scores(folder: Path) -> dict[int, float | None]:
 
 def best_first(scores: dict[int, float | None]) -> list[int]:
     """The steps that have a score, the highest first and the earliest first of equal ones."""
-    scored = [step for step, score in scores.items() if score is not None]
-    return sorted(scored, key=lambda step: (-scores[step], step))
+    scored = {step: score for step, score in scores.items() if score is not None}
+    return sorted(scored, key=lambda step: (-scored[step], step))
 
 
 class NewestAndBest:
@@ -145,7 +145,7 @@ def _all_torn(torn: dict[Path, str]) -> InputError:
     return InputError(f"no checkpoint is whole: {named}. Move them away to begin anew")
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException | None) -> str:
     """The end of a message, in one line, without TensorStore's specifications."""
     text = " ".join(re.split(r" \[\w+='", str(error))[0].split())
     return ": ".join(text.split(": ")[-2:])

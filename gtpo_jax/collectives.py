@@ -4,6 +4,7 @@ import itertools
 import math
 import re
 from collections import Counter
+from typing import Any
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 BITS = {"pred": 8, "s8": 8, "u8": 8, "f16": 16, "bf16": 16, "s32": 32, "u32": 32, "f32": 32}
@@ -19,7 +20,7 @@ _TIMES = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 def sent(hlo: str) -> dict[str, float]:
     """Bytes of all results of collective operations, by kind, on one device; what stands in a
     loop counts as often as the loop is known to go round."""
-    own: dict[str, Counter] = {}
+    own: dict[str, Any] = {}  # Counters of bytes
     calls: dict[str, list[tuple[str, int]]] = {}
     entry = here = ""
     for line in hlo.splitlines():

@@ -322,11 +322,11 @@ def validate(config: ConfigDict) -> None:
 
 
 def parse_command(
-    more: Mapping[str, tuple[Any, str]] | None = None,
+    more: Mapping[str, tuple[Any, str]] | None = None, otherwise: str | None = None
 ) -> tuple[ConfigDict, Path | None, dict[str, Any]]:
     """Read `--config=FILE.py[:ARG] --workdir=RUN [--config.key=value ...]` -> config, RUN and
     the values of `more` flags, which are name -> (default, help). With these, --workdir may
-    be left out.
+    be left out; `otherwise` is the --config where none is given.
 
     Raises InputError, in one line, on a flag, a config file or a key that does not exist,
     with the nearest that does.
@@ -336,12 +336,9 @@ def parse_command(
         print(sys.modules["__main__"].__doc__ or "", "All settings: docs/configs.md", sep="\n")
         raise SystemExit(0)
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        "config", None, "FILE.py or FILE.py:ARG", flag_values=values, lock_config=True
-    )
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=values)
     flags.DEFINE_bool("debug", False, "show tracebacks", flag_values=values)
-    define = {
+    define: dict[type, Callable] = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
@@ -350,6 +347,9 @@ def parse_command(
     for name, (value, text) in (more or {}).items():
         define[type(value)](name, value, text, flag_values=values)
     try:
+        config_flags.DEFINE_config_file(  # reads `otherwise` at once
+            "config", otherwise, "FILE.py or FILE.py:ARG", flag_values=values, lock_config=True
+        )
         rest = values(argv)
         config = values.config
         if config is not None:
@@ -376,7 +376,7 @@ def _flag_problem(error: BaseException | None, argv: Sequence[str]) -> str:
     if "config file" in lines[0]:  # what went wrong there stands at the end of a traceback
         files = [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
         reason = [line for line in lines if line][-1].split("InputError: ")[-1]
-        return f"config {', '.join(files)}: {reason}"
+        return ": ".join([*(f"config {file}" for file in files), reason])
     return " ".join(lines).strip("\"'")
 
 

@@ -241,8 +241,8 @@ def run(config: ConfigDict, policy: build.Policy, judges: Judges, out: Path, opt
     names = [n for n in options["benchmarks"].split(",") if n] or [config.task.name]
     modes = {"greedy": (Sampling(0.0), 1)} if options["greedy"] else {}
     if options["samples"] > 0:
-        how = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p")}
-        modes["sampled"] = (Sampling(**how), options["samples"])
+        drawn = {name: options[name] for name in ("temperature", "top_k", "top_p", "min_p")}
+        modes["sampled"] = (Sampling(**drawn), options["samples"])
     if not modes:
         raise InputError("--samples=0 and --nogreedy leave nothing to evaluate")
     chosen = {name: for_benchmark(config, name, options) for name in names}
@@ -322,10 +322,10 @@ def main() -> None:
         config.rollout.format = "none"
     validate(config)
     check_options(options)
-    out = Path(options["out"]) if options["out"] else workdir / "evaluation"
+    out = Path(options["out"] or f"{workdir}/evaluation")
     with build.judges(config) as judges:
-        policy = build.published(config, options["model"]) if not workdir else None
-        policy = policy or build.from_run(workdir)
+        source = options["model"]
+        policy = build.from_run(workdir) if workdir else build.published(config, source)
         settings = {k: v for k, v in options.items() if k not in ("out", "benchmarks")}
         settings |= {"seed": config.seed, "rollout": config.rollout.to_dict()}
         settings |= {

@@ -73,7 +73,7 @@ class MetricsLog:
         self._bar = self._stack.enter_context(
             progress.Progress(transient=True, disable=not sys.stdout.isatty())
         )
-        self._task = None
+        self._task: progress.TaskID | None = None
         self._started = time.perf_counter()
         self._first: tuple[int, float] | None = None  # the first step here, when it was logged
 
@@ -96,7 +96,7 @@ class MetricsLog:
         if phase != "eval" and of:
             first, began = self._first = self._first or (step, now)
             if step > first:
-                left = (of - 1 - step) * (now - began) / (step - first)
+                left = max(0.0, (of - 1 - step) * (now - began) / (step - first))
                 shown.append(f"left {datetime.timedelta(seconds=round(left))}")
         total = f"/{of}" if of else ""
         text = f"[{now - self._started:6.1f}s] {phase} {step}{total}  " + "  ".join(shown)

@@ -99,7 +99,7 @@ class Layout:
         return self.mesh is not None and self.mesh.size > 1
 
     def _lies(self, x: jax.Array, *axes) -> jax.Array:
-        if not self._spread:
+        if self.mesh is None or self.mesh.size == 1:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(*axes)))
 
@@ -240,7 +240,7 @@ class Parallel:
         return locally
 
 
-def engine_mesh(devices: Sequence[jax.Device]) -> Mesh:
+def engine_mesh(devices: Sequence[jax.Device] | np.ndarray) -> Mesh:
     """Devices that share the heads of one engine."""
     return Mesh(np.array(devices).reshape(1, 1, -1), AXES)
 

@@ -80,7 +80,7 @@ def lines(
 
 def changed(config: ConfigDict, default: ConfigDict, prefix: str = "") -> Sequence[str]:
     """The settings that are not the default ones, as the command line spells them."""
-    out = []
+    out: list[str] = []
     for key, value in config.items():
         there = default.get(key)
         if isinstance(value, ConfigDict):

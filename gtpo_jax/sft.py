@@ -106,8 +106,8 @@ def run(config: ConfigDict, workdir: Path) -> TrainState:
             state, metrics = update.step(state, update.rows(batch))
             step, done = cursor["step"] + 1, cursor["step"] + 1 == steps
             if step == 1 or step % sft.check_every == 0 or done:
-                scores = update.score(state.params, state.frozen, checks)
-                scores = np.concatenate([devices.fetch(part) for part in scores])
+                parts = update.score(state.params, state.frozen, checks)
+                scores = np.concatenate([devices.fetch(part) for part in parts])
                 accuracy = float((scores > np.log(0.5))[numbers].mean()) if numbers.any() else 0
                 metrics = jax.device_get(metrics)
                 log.write(
@@ -144,8 +144,8 @@ def segment_maker(
     end = tokenizer.end_ids[0]
 
     def make(trace: Trace) -> Segment:
-        prompt = get_task(trace.problem.task).prompt
-        prompt = prompt_tokens(trace.problem, prompt, tokenizer, system, longest)
+        asked = get_task(trace.problem.task).prompt
+        prompt = prompt_tokens(trace.problem, asked, tokenizer, system, longest)
         tokens, turn_ids, weights = (
             list(prompt),
             [0] * len(prompt),
@@ -179,8 +179,9 @@ def segment_maker(
 
 def pack_all(segments: Sequence[Segment], row_tokens: int) -> Batch:
     """All traces in rows, some hundred packed at a time."""
+    nothing = np.zeros(0, np.int32)  # it is made of the rows together
     parts = [
-        pack_segments(segments[i : i + PACK_TOGETHER], row_tokens)._replace(loss_index=None)
+        pack_segments(segments[i : i + PACK_TOGETHER], row_tokens)._replace(loss_index=nothing)
         for i in range(0, len(segments), PACK_TOGETHER)
     ]
     joined = jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
@@ -209,6 +210,7 @@ def number_mask(batch: Batch, tokenizer: Tokenizer) -> np.ndarray:
 def main() -> None:
     """Cold start as the command line says."""
     config, workdir, _ = parse_command()
+    assert workdir is not None  # without flags of its own a command needs one
     run(config, workdir)
 
 

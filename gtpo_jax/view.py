@@ -212,8 +212,9 @@ def browser() -> Iterator[Any]:
             "a picture needs Playwright: pip install 'gtpo_jax[browser]'"
         ) from None
     with sync_playwright() as playwright:
-        found = playwright.chromium.executable_path
-        if not Path(found).exists():
+        own = playwright.chromium.executable_path
+        found: str | None = own
+        if not Path(own).exists():
             found = next(filter(None, map(shutil.which, BROWSERS)), None)
         if found is None:
             raise InputError(

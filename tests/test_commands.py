@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 NOT_COMMANDS = {"benchmarks.peer", "benchmarks.shapes"}
-MAIN = ["train", "sft", "evaluate", "plan", "metrics", "view", "export", "config"]
+MAIN = ["train", "sft", "evaluate", "plan", "metrics", "view", "export", "chat", "config"]
 COMMANDS = [
     *(f"gtpo_jax.{name}" for name in MAIN),
     "gtpo_jax.tasks.coldstart",

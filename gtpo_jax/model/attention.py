@@ -3,6 +3,7 @@
 Which kernel attends is chosen in two tables, by platform; `kernels` has them all.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -22,7 +23,7 @@ class Cache(NamedTuple):
 # What attends in training, by platform and by what a row holds: several segments, or one that
 # starts at column 0. A platform that is not here takes "xla". `benchmarks.attention --training`
 # measures them all; so far only a CPU has been.
-PACKED = {
+PACKED: dict[str, Callable[..., jax.Array]] = {
     "xla": kernels.packed_xla,
     "triton": kernels.packed_triton,
     "cudnn": kernels.packed_cudnn,
@@ -94,9 +95,9 @@ def cached_attention(
     q [n,T,heads,h], k and v [n,T,kv_heads,h]. A position >= S is padding and is not written.
     """
     keys, values, slots = cache
-    rows = jnp.arange(keys.shape[0]) if slots is None else slots
-    keys = keys.at[rows[:, None], :, positions].set(k.astype(keys.dtype), mode="drop")
-    values = values.at[rows[:, None], :, positions].set(v.astype(values.dtype), mode="drop")
+    at = jnp.arange(keys.shape[0]) if slots is None else slots
+    keys = keys.at[at[:, None], :, positions].set(k.astype(keys.dtype), mode="drop")
+    values = values.at[at[:, None], :, positions].set(v.astype(values.dtype), mode="drop")
     seen_k, seen_v = (keys, values) if slots is None else (keys[slots], values[slots])
 
     # Flat: a batch of products [T*g,h] x [h,S], one for each row and head. XLA on CPU takes a

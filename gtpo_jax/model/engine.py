@@ -282,11 +282,13 @@ class Engine:
             for out, come in now:
                 self._row[out], self._row[come] = self._row[come], self._row[out]
 
-    def _take(self, cache: Caches, rows: Sequence[int]) -> Caches:
+    def _take(self, cache: Caches | None, rows: Sequence[int]) -> Caches:
+        assert cache is not None  # `_hold` has made it
         held = cache[0][0].shape[0]
         return self._program("take", held, self._capacity)(cache, _padded(rows, held))
 
-    def _put(self, cache: Caches, rows: Sequence[int], taken: Caches) -> Caches:
+    def _put(self, cache: Caches | None, rows: Sequence[int], taken: Caches) -> Caches:
+        assert cache is not None
         held = cache[0][0].shape[0]
         return self._program("put", held, self._capacity)(cache, _padded(rows, held), taken)
 

@@ -10,14 +10,14 @@ import functools
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from gtpo_jax.errors import InputError
 from gtpo_jax.model.weights import SMOLLM2, read_gguf, smollm2_path
 
-Messages = Sequence[dict[str, str]]  # {"role": "user", "content": "..."}
+Messages = Sequence[Mapping[str, str]]  # {"role": "user", "content": "..."}
 
 
 class Tokenizer(Protocol):
@@ -75,7 +75,7 @@ class SentencePieceTokenizer:
             raise InputError(f"{path}: not a SentencePiece model") from None
         if self.model.eos_id() < 0:
             raise InputError(f"{path}: no end token (eos_id): train it with one")
-        self.end_ids = (self.model.eos_id(),)
+        self.end_ids: tuple[int, ...] = (self.model.eos_id(),)
         self.pad_id = self.model.eos_id()
         self.vocab_size = self.model.vocab_size()
 
@@ -157,7 +157,7 @@ def train_sentencepiece(
 class HFTokenizer:
     """A fast `transformers` tokenizer with a chat template."""
 
-    def __init__(self, tokenizer: Any, end_ids: Iterable[int] = ()) -> None:
+    def __init__(self, tokenizer: Any, end_ids: Iterable[int | None] = ()) -> None:
         """`end_ids`: further ids that end a turn, beyond those the tokenizer itself knows."""
         self.tokenizer = tokenizer
         # A second backend, because splitting special tokens is a switch inside of it, and

@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from gtpo_jax.model import kernels
 from gtpo_jax.model.attention import Cache, cached_attention, packed_attention
@@ -185,10 +186,10 @@ def logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
 def logprobs(
     config: ModelConfig,
     params: Params,
-    tokens: jax.Array,
-    positions: jax.Array,
-    segment_ids: jax.Array,
-    loss_index: jax.Array,
+    tokens: ArrayLike,
+    positions: ArrayLike,
+    segment_ids: ArrayLike,
+    loss_index: ArrayLike,
     temperature: float = 1.0,
     chunk: int = 1024,
     layout: Layout = ONE_DEVICE,

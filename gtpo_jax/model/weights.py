@@ -62,7 +62,7 @@ def load_hf(
     fields = families.from_hf(_read_json(file), file)
     config = _config(fields, file, dtype, param_dtype, max_length)
     with ExitStack() as stack:
-        holders = {}  # tensor name -> the open shard it lies in
+        holders: dict[str, Any] = {}  # tensor name -> the open shard it lies in
         for shard in _shards(folder):
             try:
                 opened = stack.enter_context(safe_open(shard, framework="np"))

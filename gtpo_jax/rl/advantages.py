@@ -30,13 +30,13 @@ import jax
 import jax.numpy as jnp
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.rl.types import Rewards
+from gtpo_jax.rl.types import Array, Rewards
 
 NO_SPREAD = 1e-6
 SCOPES = ("group", "batch", "turn", "group_trajectory")
 
 
-def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float) -> jax.Array:
+def discounted_returns(rewards: Array, mask: Array, gamma: float) -> jax.Array:
     """R_{i,j} = sum_{m=j..T_i} gamma^(m-j) r_{i,m}. [N,K] -> [N,K], 0 off the mask."""
     chex.assert_rank([rewards, mask], 2)
     mask = jnp.asarray(mask, bool)
@@ -49,9 +49,9 @@ def discounted_returns(rewards: jax.Array, mask: jax.Array, gamma: float) -> jax
 
 
 def normalize(
-    returns: jax.Array,
-    mask: jax.Array,
-    groups: jax.Array,
+    returns: Array,
+    mask: Array,
+    groups: Array,
     scope: str,
     scale: bool = True,
     eps: float = 1e-6,
@@ -92,7 +92,7 @@ def normalize(
     return centred / (jnp.sqrt(variance) + eps)
 
 
-def equal_groups(rewards: Rewards, mask: jax.Array, groups: jax.Array) -> jax.Array:
+def equal_groups(rewards: Rewards, mask: Array, groups: Array) -> jax.Array:
     """Whether all trajectories of one's group earned the same sum of turn rewards. [N] bool."""
     n = mask.shape[0]
     present = jnp.any(jnp.asarray(mask, bool), axis=1)
@@ -112,8 +112,8 @@ def _per_trajectory(reward, mask, groups, scale=True):
 
 def gtpo(
     rewards: Rewards,
-    mask: jax.Array,
-    groups: jax.Array,
+    mask: Array,
+    groups: Array,
     gamma: float = 0.9,
     scope: str = "group",
     scale: bool = True,
@@ -127,32 +127,28 @@ def gtpo(
     return advantage
 
 
-def grpo(rewards: Rewards, mask: jax.Array, groups: jax.Array, scale: bool = True) -> jax.Array:
+def grpo(rewards: Rewards, mask: Array, groups: Array, scale: bool = True) -> jax.Array:
     """The paper's baseline: r_i = min(r_acc_i, r_format_i), one advantage a trajectory."""
     return _per_trajectory(jnp.minimum(rewards.outcome, rewards.format_ok), mask, groups, scale)
 
 
-def grpo_outcome(
-    rewards: Rewards, mask: jax.Array, groups: jax.Array, scale: bool = True
-) -> jax.Array:
+def grpo_outcome(rewards: Rewards, mask: Array, groups: Array, scale: bool = True) -> jax.Array:
     """r_i = r_acc_i alone."""
     return _per_trajectory(rewards.outcome, mask, groups, scale)
 
 
-def grpo_sum(
-    rewards: Rewards, mask: jax.Array, groups: jax.Array, scale: bool = True
-) -> jax.Array:
+def grpo_sum(rewards: Rewards, mask: Array, groups: Array, scale: bool = True) -> jax.Array:
     """r_i = sum_j r_{i,j}, shaping included: GTPO's reward without its credit assignment."""
     earned = jnp.sum(jnp.where(mask, rewards.turn, 0.0), axis=1)
     return _per_trajectory(earned, mask, groups, scale)
 
 
-def dr_grpo(rewards: Rewards, mask: jax.Array, groups: jax.Array) -> jax.Array:
+def dr_grpo(rewards: Rewards, mask: Array, groups: Array) -> jax.Array:
     """Dr. GRPO (arXiv 2503.20783): A_i = r_i - mean."""
     return _per_trajectory(rewards.outcome, mask, groups, scale=False)
 
 
-def rloo(rewards: Rewards, mask: jax.Array, groups: jax.Array) -> jax.Array:
+def rloo(rewards: Rewards, mask: Array, groups: Array) -> jax.Array:
     """RLOO (arXiv 2402.14740): A_i = r_i - mean of the others = (r_i - mean) n / (n - 1)."""
     present = jnp.any(jnp.asarray(mask, bool), axis=1).astype(jnp.float32)
     groups = jnp.asarray(groups, jnp.int32)
@@ -161,9 +157,7 @@ def rloo(rewards: Rewards, mask: jax.Array, groups: jax.Array) -> jax.Array:
     return dr_grpo(rewards, mask, groups) * leave_one_out[:, None]
 
 
-def mt_grpo(
-    rewards: Rewards, mask: jax.Array, groups: jax.Array, lam: float = 1.0
-) -> jax.Array:
+def mt_grpo(rewards: Rewards, mask: Array, groups: Array, lam: float = 1.0) -> jax.Array:
     """MT-GRPO (arXiv 2505.11821): A_outcome + lam A_turn before the last tool result."""
     mask = jnp.asarray(mask, bool)
     last = jnp.sum(mask, axis=1, keepdims=True) - 1
@@ -175,8 +169,8 @@ def mt_grpo(
 
 def irc(
     rewards: Rewards,
-    mask: jax.Array,
-    groups: jax.Array,
+    mask: Array,
+    groups: Array,
     gamma: float = 0.9,
     lam: float = 0.3,
 ) -> jax.Array:

@@ -82,14 +82,14 @@ def learn(
     for i, metrics in enumerate(history):
         if metrics["skipped"]:
             rows = parts[i % len(parts)]
-            skipped.append(sorted({trajectories[r].problem.id for r in rows}))
+            skipped.append(sorted({trajectories[r].problem.id for r in rows.tolist()}))
     means = {f"train/{k}": float(np.mean([h[k] for h in history])) for k in history[0]}
     means["train/ratio_max"] = float(max(h["ratio_max"] for h in history))
     means["train/tokens"] = float(sum(h["tokens"] for h in history))
     means["train/skipped"] = int(history[-1]["skipped"])
     real = np.mean([(b.segment_ids > 0).mean() for b in batches])
     means["train/padding_share"] = 1.0 - float(real)
-    lengths = [trajectories[r].length() for rows in parts for r in rows]
+    lengths = [trajectories[r].length() for rows in parts for r in rows.tolist()]
     needed = config.learn.epochs * flops.update(model, lengths)
     means["train/tflops"] = needed / seconds / 1e12
     device = flops.DEVICES.get(jax.devices()[0].device_kind)
@@ -116,6 +116,7 @@ def _score(update: Update, state: TrainState, reference, batch: Batch) -> list[B
     old = update.score(state.params, state.frozen, micros)
     micros = [m._replace(old_logprobs=x) for m, x in zip(micros, old, strict=True)]
     if reference is not None:
-        ref = update.score(*reference, micros)
+        params, frozen = reference
+        ref = update.score(params, frozen, micros)
         micros = [m._replace(ref_logprobs=x) for m, x in zip(micros, ref, strict=True)]
     return micros

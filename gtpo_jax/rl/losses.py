@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from gtpo_jax.errors import InputError
+from gtpo_jax.rl.types import Array
 
 Metrics = dict[str, jax.Array]
 
@@ -23,14 +24,14 @@ Metrics = dict[str, jax.Array]
 class LossInputs(NamedTuple):
     """All [R,T]. `weights` is what the loss will be summed with; a loss need not read it."""
 
-    logprobs: jax.Array
-    old_logprobs: jax.Array
-    behaviour_logprobs: jax.Array
-    ref_logprobs: jax.Array | None
-    advantages: jax.Array
-    weights: jax.Array
-    turn_ids: jax.Array
-    segment_ids: jax.Array
+    logprobs: Array
+    old_logprobs: Array
+    behaviour_logprobs: Array
+    ref_logprobs: Array | None
+    advantages: Array
+    weights: Array
+    turn_ids: Array
+    segment_ids: Array
 
 
 def ppo_clip(
@@ -86,17 +87,17 @@ LOSSES: dict[str, Callable[..., tuple[jax.Array, Metrics]]] = {
 }
 
 
-def _exp(log_ratio: jax.Array) -> jax.Array:
+def _exp(log_ratio: Array) -> jax.Array:
     # e^20 is far beyond any clip range; infinity times an advantage of 0 would be NaN.
     return jnp.exp(jnp.clip(log_ratio, -20.0, 20.0))
 
 
-def _sampled(inputs: LossInputs, x: jax.Array) -> jax.Array:
+def _sampled(inputs: LossInputs, x: Array) -> jax.Array:
     """x where the policy sampled, 0 elsewhere: nothing off the mask has a value or gradient."""
     return jnp.where(inputs.turn_ids >= 0, x, 0.0)
 
 
-def _segment_mean(inputs: LossInputs, x: jax.Array) -> jax.Array:
+def _segment_mean(inputs: LossInputs, x: Array) -> jax.Array:
     """Mean of x over the sampled tokens of each token's segment. [R,T] -> [R,T]."""
 
     def total(values, segments):  # one row; a row of T tokens has at most T segments

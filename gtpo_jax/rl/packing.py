@@ -7,12 +7,12 @@ micro-batches or devices, changes nothing.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from gtpo_jax.errors import InputError
-from gtpo_jax.rl.types import Batch, Trajectory
+from gtpo_jax.rl.types import Batch, Trajectory, Turn
 
 AGGREGATIONS = ("token_mean", "sequence_mean", "turn_mean", "constant")
 
@@ -34,7 +34,7 @@ def pack(
     advantages: np.ndarray,
     row_tokens: int,
     aggregation: str = "token_mean",
-    constant: float | None = None,
+    constant: float = 0.0,
     rows_multiple: int = 1,
     packed: bool = True,
 ) -> Batch:
@@ -52,15 +52,16 @@ def pack(
     count = len(trajectories)
     all_tokens = max(sum(t.sampled_length() for t in trajectories), 1)
     all_turns = max(sum(bool(u.tokens) for t in trajectories for u in t.turns), 1)
-    segments = []
-    for trajectory, row in zip(trajectories, np.asarray(advantages), strict=True):
-        weight = {
-            "token_mean": lambda _: 1.0 / all_tokens,
-            "sequence_mean": lambda _, t=trajectory: 1.0 / (count * t.sampled_length()),
-            "turn_mean": lambda turn: 1.0 / (all_turns * len(turn.tokens)),
-            "constant": lambda _: 1.0 / (count * constant),
-        }[aggregation]
-        segments.append(_segment(trajectory, row, weight))
+    weights: dict[str, Callable[[Trajectory, Turn], float]] = {
+        "token_mean": lambda trajectory, turn: 1.0 / all_tokens,
+        "sequence_mean": lambda trajectory, turn: 1.0 / (count * trajectory.sampled_length()),
+        "turn_mean": lambda trajectory, turn: 1.0 / (all_turns * len(turn.tokens)),
+        "constant": lambda trajectory, turn: 1.0 / (count * constant),
+    }
+    segments = [
+        _segment(trajectory, row, weights[aggregation])
+        for trajectory, row in zip(trajectories, np.asarray(advantages), strict=True)
+    ]
     return pack_segments(segments, row_tokens, rows_multiple, packed)
 
 
@@ -80,7 +81,7 @@ def _segment(trajectory: Trajectory, advantages: np.ndarray, weight) -> Segment:
                 np.array(turn.tokens + turn.feedback_tokens, np.int32),
                 np.concatenate([np.full(sampled, j), np.full(given, -1)]).astype(np.int32),
                 column(advantages[j]),
-                column(weight(turn) if sampled else 0.0),
+                column(weight(trajectory, turn) if sampled else 0.0),
                 np.concatenate([np.array(turn.logprobs, np.float32), zeros]),
             )
         )
@@ -116,9 +117,9 @@ def pack_segments(
     turn_ids = np.full(shape, -1, np.int32)
     names = ("advantages", "weights", "behaviour_logprobs")
     floats = {name: np.zeros(shape, np.float32) for name in names}
-    for r, row in enumerate(rows):
+    for r, held in enumerate(rows):
         start = 0
-        for s, segment in enumerate(row):
+        for s, segment in enumerate(held):
             place = (r, slice(start, start + len(segment.tokens)))
             ints["tokens"][place] = segment.tokens
             ints["positions"][place] = np.arange(len(segment.tokens))

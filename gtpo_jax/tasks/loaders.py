@@ -166,13 +166,18 @@ def _json_rows(path: Path) -> Located:
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8: {_one_line(error)}") from None
     decoder, space = json.JSONDecoder(), re.compile(r"[\s,]*")
-    position = space.match(text).end()
+
+    def past_space(position: int) -> int:
+        found = space.match(text, position)
+        return found.end() if found else position
+
+    position = past_space(0)
     if text[position : position + 1] != "[":
         raise InputError(f"{path}: must be a list of rows, or lines of JSON in a .jsonl file")
     position += 1
     line, counted = 1, 0
     while True:
-        position = space.match(text, position).end()
+        position = past_space(position)
         line += text.count("\n", counted, position)
         counted = position
         if text[position : position + 1] == "]":

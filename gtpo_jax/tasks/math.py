@@ -188,7 +188,9 @@ def load_jsonl(
     """
     names = {"question": "question", "answer": "answer", **(fields or {})}
     if set(names) != {"question", "answer"}:
-        raise InputError(f"task.fields={dict(fields)!r}: only question and answer are mapped")
+        raise InputError(
+            f"task.fields={dict(fields or {})!r}: only question and answer are mapped"
+        )
     if path is None:
         raise InputError("task 'jsonl' needs a file, a folder or a hub id: task.path")
 

@@ -137,7 +137,7 @@ def load_mbpp(
     file, mbpp.jsonl, of which the split's task ids are taken."""
     if split not in MBPP_SPLITS:
         raise InputError(f"split={split!r}: MBPP has {', '.join(MBPP_SPLITS)}")
-    source = Hub("google-research-datasets/mbpp", "full")
+    source: Hub | Path | str = Hub("google-research-datasets/mbpp", "full")
     if path is not None:
         one = Path(path) / "mbpp.jsonl"
         source = one if one.is_file() else path

@@ -181,7 +181,7 @@ class _Worker:
                     str(cpu_seconds),
                     str(memory_mib),
                 ],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,

@@ -112,7 +112,8 @@ def bwrap_command(bwrap: str, scratch_mib: int, ids: tuple[int, ...] = ()) -> li
             command += ["--dir", str(parent)]
         command += ["--ro-bind", path, path]
     for module in (worker, child):
-        command += ["--ro-bind", module.__file__, f"/{Path(module.__file__).name}"]
+        file = str(module.__file__)
+        command += ["--ro-bind", file, f"/{Path(file).name}"]
     if not ids and "--disable-userns" in _options(bwrap):  # it does not go with an id map
         command.append("--disable-userns")
     if "--size" in _options(bwrap):

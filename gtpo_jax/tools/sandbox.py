@@ -27,6 +27,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
+from typing import Any
 
 from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.tools import worker
@@ -86,6 +87,7 @@ class _Worker:
     def last_words(self) -> str:
         """The last line on stderr of a worker that did not begin."""
         self.process.kill()
+        assert self.process.stderr is not None  # a pipe
         lines = self.process.stderr.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else ""
 
@@ -98,7 +100,8 @@ class _Worker:
             self.process.kill()
             self.process.wait()
         self.channel.close()
-        self.process.stderr.close()
+        if self.process.stderr:
+            self.process.stderr.close()
         if self.scratch:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -264,8 +267,8 @@ class Sandbox:
 
     def _launch(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        config = {"scratch": "/scratch", "drop_uid": None, "filter": ""}
-        scratch, ids, fds = None, (), ()
+        config: dict[str, Any] = {"scratch": "/scratch", "drop_uid": None, "filter": ""}
+        scratch, ids, fds = None, tuple[int, ...](), tuple[int, ...]()
         if self._bwrap is None:
             config["scratch"] = scratch = tempfile.mkdtemp(prefix="sandbox-")
         else:
@@ -283,7 +286,7 @@ class Sandbox:
                 command = bwrap_command(self._bwrap, self.limits.scratch_mib, fds)
             process = subprocess.Popen(
                 command,
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 env=environment(config["scratch"]),
