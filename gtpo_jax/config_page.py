@@ -68,29 +68,28 @@ def settings(source: str | None = None) -> list[Setting]:
     """All settings, in the order of the source, which is config.py where none is given."""
     source = source or Path(config.__file__).read_text(encoding="utf-8")
     behind, above = _comments(source)
-    (function,) = (
-        node
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name == "default"
-    )
-    (tree,) = (node for node in ast.walk(function) if _is_whole(node, function))
     out = []
-    for key, name, value in _leaves(tree):
-        own = behind.get(value.end_lineno, "")
+    for key, name, value in _leaves(_tree(source)):
+        own = behind.get(value.end_lineno or 0, "")
         before = above.get(name.lineno - 1, "")
         out.append(Setting(key, _value(value), own or before, before if own else ""))
     return out
 
 
-def _is_whole(node: ast.AST, function: ast.FunctionDef) -> bool:
-    """Whether this is the dict that `default` makes its config of."""
-    returned = function.body[-1].value
-    return node is returned.args[0]
+def _tree(source: str) -> ast.Dict:
+    """The dict that `default` makes its config of."""
+    for function in ast.parse(source).body:
+        if isinstance(function, ast.FunctionDef) and function.name == "default":
+            match function.body[-1]:
+                case ast.Return(ast.Call(args=[ast.Dict() as tree])):
+                    return tree
+    raise ValueError("no function default() that returns ConfigDict({...})")
 
 
 def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
     """Line -> the comment behind its code; last line -> a comment of whole lines."""
-    behind, above = {}, {}
+    behind: dict[int, str] = {}
+    above: dict[int, str] = {}
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             line, text = token.start[0], token.string.lstrip("# ")
@@ -105,6 +104,7 @@ def _comments(source: str) -> tuple[dict[int, str], dict[int, str]]:
 
 def _leaves(tree: ast.Dict, prefix: str = "") -> Iterator[tuple[str, ast.expr, ast.expr]]:
     for name, value in zip(tree.keys, tree.values, strict=True):
+        assert name is not None  # a **dict
         key = prefix + ast.literal_eval(name)
         if isinstance(value, ast.Dict) and value.keys:
             yield from _leaves(value, key + ".")

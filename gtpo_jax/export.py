@@ -96,7 +96,7 @@ def hugging_face(tokenizer: SentencePieceTokenizer) -> Any:
     A SentencePiece BPE joins the neighbours whose piece has the best score. Hugging Face's has
     a list of pairs, best first: all pairs of pieces that make a piece.
     """
-    from sentencepiece.sentencepiece_model_pb2 import ModelProto
+    from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
     from tokenizers import AddedToken, decoders, models, normalizers
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast

@@ -19,9 +19,9 @@ class RopeScaling:
 
     kind: str
     factor: float
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None  # tokens
+    low_freq_factor: float = 0.0  # these three: of llama3 alone, which needs all of them
+    high_freq_factor: float = 0.0
+    original_max_position_embeddings: int = 0  # tokens
 
     def __post_init__(self) -> None:
         if self.kind not in ROPE_SCALING:

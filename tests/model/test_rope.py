@@ -44,7 +44,7 @@ def test_llama3_frequencies():
     [
         (("yarn", 2.0), "kind='yarn': one of linear, llama3"),
         (("linear", 0), "factor=0 must be a number > 0"),
-        (("llama3", 8.0), "low_freq_factor=None must be a number > 0"),
+        (("llama3", 8.0), "low_freq_factor=0.0 must be a number > 0"),
         (("llama3", 8.0, 4.0, 4.0, 64), "low_freq_factor=4.0 must be below high_freq_factor"),
     ],
 )
