@@ -87,9 +87,7 @@ def build(name: str, preset: str) -> tuple[list[page.Block], dict[str, Any]]:
     manifest = of[study.arms[0]][0].manifest
     blocks = [
         page.Title(f"{name}, {preset}"),
-        page.Text(
-            f"{study.question} {PRESETS[preset].about.capitalize()}; {len(seeds)} seeds."
-        ),
+        page.Text(f"{study.question} On {PRESETS[preset].about}; {len(seeds)} seeds."),
         page.Text(
             "**Verdict** (mean held-out accuracy over training, the primary outcome): "
             + verdict(first, differences[first]["mean"], statistics.seeds_needed(spread, SMALL))
