@@ -114,7 +114,8 @@ def build(name: str, preset: str) -> tuple[list[page.Block], dict[str, Any]]:
         page.Table(*_by_problem(study, of)),
         page.Heading("Curves"),
         page.Image(
-            "curves.png", "Held-out accuracy and turns over training, a band for the seeds"
+            "curves.png",
+            "Held-out accuracy, paired differences and turns, 95% bands over seeds",
         ),
         page.Heading("What each arm used"),
         page.Table(*_used(of)),
@@ -256,29 +257,38 @@ def _number(x: Interval, form: str, unit: str = "") -> str:
     return f"{x.value:{form}}{unit} [{x.low:{form}}, {x.high:{form}}]"
 
 
-def draw(of: Mapping[str, Sequence[Run]], path: Path) -> None:
-    """Held-out accuracy and turns: the mean over seeds, and Student's 95% band."""
+def draw(study: Study, of: Mapping[str, Sequence[Run]], path: Path) -> None:
+    """Held-out accuracy, its paired differences, and turns: mean and 95% band over seeds."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), constrained_layout=True)
+
+    def band(axis, x, values: np.ndarray, colour: str, label: str) -> None:
+        bands = [statistics.t_interval(column) for column in values.T]
+        axis.plot(x, [b.value for b in bands], color=colour, label=label)
+        low, high = [b.low for b in bands], [b.high for b in bands]
+        axis.fill_between(x, low, high, color=colour, alpha=0.12, lw=0)
+
+    def held_out(arm: str) -> np.ndarray:
+        return np.array([[100 * x["eval/accuracy"] for x in run.evals] for run in of[arm]])
+
+    steps = [line["step"] for line in next(iter(of.values()))[0].evals]
     for number, (arm, runs) in enumerate(of.items()):
-        steps = [line["step"] for line in runs[0].evals]
-        held_out = np.array([[line["eval/accuracy"] for line in run.evals] for run in runs])
         turns = np.array([[line["rollout/turns_mean"] for line in run.trains] for run in runs])
-        for axis, x, values in (
-            (axes[0], steps, 100 * held_out),
-            (axes[1], range(turns.shape[1]), turns),
-        ):
-            bands = [statistics.t_interval(column) for column in values.T]
-            axis.plot(x, [b.value for b in bands], color=f"C{number}", label=arm)
-            low, high = [b.low for b in bands], [b.high for b in bands]
-            axis.fill_between(x, low, high, color=f"C{number}", alpha=0.12, lw=0)
+        band(axes[0], steps, held_out(arm), f"C{number}", arm)
+        band(axes[2], range(turns.shape[1]), turns, f"C{number}", arm)
+    for number, (a, b) in enumerate(study.contrasts):
+        colour = f"C{number + len(of)}"
+        band(axes[1], steps, held_out(a) - held_out(b), colour, f"{a} - {b}")
+    axes[1].axhline(0, color="grey", lw=1)
     axes[0].set(title="held-out accuracy, %", xlabel="step")
-    axes[1].set(title="turns per trajectory, training", xlabel="step")
+    axes[1].set(title="paired differences, points", xlabel="step")
+    axes[2].set(title="turns per trajectory, training", xlabel="step")
     axes[0].legend(loc="lower right")
+    axes[1].legend(loc="upper left", fontsize="small")
     for axis in axes:
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
@@ -303,7 +313,7 @@ def main() -> None:
     blocks, of = build(options.study, options.preset)
     folder = results.RESULTS / f"{options.study}-{options.preset}"
     folder.mkdir(parents=True, exist_ok=True)
-    draw(of, folder / "curves.png")
+    draw(study, of, folder / "curves.png")
     (folder / "README.md").write_text(page.markdown(blocks), encoding="utf-8")
     (folder / "report.html").write_text(page.html(blocks, folder), encoding="utf-8")
     print(f"{folder / 'README.md'}, report.html, curves.png")

@@ -138,7 +138,7 @@ def test_verdicts(interval, needed, want):
 def test_both_pages_and_the_curves(runs, tmp_path):
     overhead(runs)
     blocks, of = made(runs)
-    report.draw(of, tmp_path / "curves.png")
+    report.draw(STUDIES["overhead"], of, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     html = page.html([*blocks, page.Text("<script>x</script> **b** `a < b`")], tmp_path)
     assert "<script>" not in html and "&lt;script&gt;" in html
