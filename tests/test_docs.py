@@ -86,7 +86,7 @@ def test_what_a_page_names_is_there(page):
         # Files apart (`config.json`); `log.wandb` and its like are settings.
         if key.split(".")[0] in SECTIONS and not key.endswith(FILES):
             assert key in known, key
-    for path in re.findall(r"[\w./]*\w+/\w+\.(?:py|md|sh|jsonl)\b", text):
+    for path in re.findall(r"[\w./-]*\w+/\w+\.(?:py|md|sh|jsonl)\b", text):
         if path.startswith(("runs/", "data/", "models/", "DATA/", "/home")) or "tinny" in path:
             continue
         places = (ROOT, ROOT / "gtpo_jax", page.parent)
