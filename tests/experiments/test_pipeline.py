@@ -2,47 +2,66 @@
 
 import itertools
 import json
-import subprocess
-import sys
+import os
 from pathlib import Path
 
 import pytest
 
+from experiments import run
 from gtpo_jax import metrics
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
+PRESET = "smollm2_cpu"
+FEW = (("gsm8k", "train", 150), ("gsm8k", "test", 16), ("svamp", "test", 8))
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not DATA.is_dir(), reason="no benchmark files beside the project")
-def test_smollm2_from_traces_to_a_report(tmp_path):
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """The jobs of GRPO and GTPO with one seed: on the first lines of the real files."""
+    if not DATA.is_dir():
+        pytest.skip("no benchmark files beside the project")
     pytest.importorskip("gguf")
-    data = tmp_path / "data"
-    for task, name, count in (
-        ("gsm8k", "train", 150),
-        ("gsm8k", "test", 16),
-        ("svamp", "test", 8),
-    ):
+    folder = tmp_path_factory.mktemp("pipeline")
+    data, root = folder / "data", folder / "runs"
+    for task, name, count in FEW:
         (data / task).mkdir(parents=True, exist_ok=True)
         with (DATA / task / f"{name}.jsonl").open(encoding="utf-8") as lines:
             few = list(itertools.islice(lines, count))
         (data / task / f"{name}.jsonl").write_text("".join(few), encoding="utf-8")
-    command = [sys.executable, "-m", "experiments.run", "--study=overhead"]
-    command += ["--preset=smollm2_cpu", "--seeds=1", f"--root={tmp_path / 'runs'}"]
-    command += [f"--data={data}", "--isolation=process"]
-    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert out.returncode == 0, out.stdout[-1000:] + out.stderr[-2000:]
-    preset = tmp_path / "runs" / "smollm2_cpu"
-    first = {}
-    for arm in ("grpo", "gtpo"):
-        lines = metrics.read(preset / arm / "seed0")
+    here, environment = Path.cwd(), os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    os.chdir(ROOT)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
+    run.make_traces(PRESET, root, str(data))
+    yield run.jobs("overhead", PRESET, (0,), root, str(data), "process")
+    os.chdir(here)
+    del os.environ["JAX_COMPILATION_CACHE_DIR"]
+    if environment is not None:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = environment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(5))
+def test_smollm2_from_traces_to_answers(number, jobs):
+    assert [job.name.removeprefix(f"{PRESET}/") for job in jobs] == [
+        "coldstart/seed0",
+        "grpo/seed0",
+        "grpo/seed0-svamp",
+        "gtpo/seed0",
+        "gtpo/seed0-svamp",
+    ]
+    assert run.work(jobs[: number + 1])
+    folder = jobs[number].folder
+    if number in (1, 3):
+        lines = metrics.read(folder)
         trains = [line for line in lines if line["phase"] == "train"]
         assert [line["step"] for line in trains] == [0, 1, 2]
         assert all(line["train/tokens"] > 0 for line in trains)
         assert sum(line["phase"] == "eval" for line in lines) == 2
-        answers = json.loads((preset / arm / "seed0-svamp" / "outcome.json").read_text())
-        assert len(answers) == 8
-        first[arm] = trains[0]["rollout/tokens_mean"]
-    # The same problems, weights and keys: up to the first update nothing differs.
-    assert first["grpo"] == first["gtpo"]
+    if number in (2, 4):
+        answers = json.loads((folder / "outcome.json").read_text(encoding="utf-8"))
+        assert len(answers) == 8 and all(count == 1 for _, count in answers.values())
+    if number == 3:
+        # The same problems, weights and keys: up to the first update nothing differs.
+        first = [metrics.read(jobs[n].folder)[1]["rollout/tokens_mean"] for n in (1, 3)]
+        assert first[0] == first[1]
