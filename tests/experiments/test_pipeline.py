@@ -5,10 +5,15 @@ import json
 import os
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from experiments import run
-from gtpo_jax import metrics
+from gtpo_jax import build, metrics
+from gtpo_jax.model import transformer
+from gtpo_jax.rl import record
 
 ROOT = Path(__file__).parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -65,3 +70,30 @@ def test_smollm2_from_traces_to_answers(number, jobs):
         # The same problems, weights and keys: up to the first update nothing differs.
         first = [metrics.read(jobs[n].folder)[1]["rollout/tokens_mean"] for n in (1, 3)]
         assert first[0] == first[1]
+        scores_what_it_sampled(folder, jobs[0].folder)
+
+
+def scores_what_it_sampled(folder, cold):
+    """One forward pass of the cold start's weights gives the logprobs of step 0's samples."""
+    policy = build.from_run(cold)
+    params = jax.tree.map(jnp.asarray, policy.params)
+    temperature = json.loads((folder / "config.json").read_text())["rollout"]["temperature"]
+
+    @jax.jit
+    def score(tokens):
+        logits = transformer.logits(policy.config, params, tokens)
+        return jax.nn.log_softmax(logits / temperature)
+
+    for trajectory, line in record.read(folder / "trajectories.jsonl")[:4]:
+        assert line["step"] == 0 and line["prompt"]
+        tokens = list(trajectory.prompt_tokens)
+        expected, places = [], []
+        for turn in trajectory.turns:
+            places += range(len(tokens), len(tokens) + len(turn.tokens))
+            expected += turn.logprobs
+            tokens += turn.tokens + turn.feedback_tokens
+        padded = np.zeros((1, 512), np.int32)
+        padded[0, : len(tokens)] = tokens
+        logprobs = np.asarray(score(padded))[0]
+        got = [logprobs[p - 1, tokens[p]] for p in places]
+        np.testing.assert_allclose(got, expected, atol=1e-4)
