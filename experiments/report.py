@@ -10,9 +10,8 @@ The primary outcomes were fixed before any run: held-out accuracy, its mean over
 after step 0, and the last one.
 """
 
-import argparse
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from experiments import page, results, statistics
 from experiments.results import Run, accuracies
 from experiments.studies import ARMS, PRESETS, STUDIES, Study
 from gtpo_jax.config import known
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.statistics import Interval
 
 OUTCOMES = {
@@ -147,7 +146,7 @@ def _table(of: Mapping[str, Sequence[Run]]):
             *([run.accuracy(which) for run in runs] for which in OUTCOMES),
             *([one[name] for one in after] for name in benchmarks),
         ]
-        shown = [_share(statistics.t_interval(column)) for column in columns]
+        shown = [_percent(statistics.t_interval(column)) for column in columns]
         rows.append([arm, *shown, ARMS[arm].formula])
     return head, rows
 
@@ -157,7 +156,7 @@ def _differences(differences):
     return head, [
         [
             f"{a} - {b}",
-            *(_points(by[which].difference) for which in OUTCOMES),
+            *(_percent(by[which].difference, "+.1f", "") for which in OUTCOMES),
             f"{by['mean'].higher}, {by['mean'].lower}",
             f"{by['mean'].p:.3f}",
         ]
@@ -179,34 +178,30 @@ def _by_problem(study: Study, of: Mapping[str, Sequence[Run]]):
                         )
             by = statistics.by_problem([float(np.mean(values)) for values in found.values()])
             counts = f"{by.higher}, {by.lower} of {len(found)}"
-            rows.append([f"{a} - {b}", name, _points(by.difference), counts, f"{by.p:.3f}"])
+            points = _percent(by.difference, "+.1f", "")
+            rows.append([f"{a} - {b}", name, points, counts, f"{by.p:.3f}"])
     return ["", "benchmark", "points", "problems above, below", "p"], rows
 
 
 def _used(of: Mapping[str, Sequence[Run]]):
     head = ["arm", "seconds a run", "tokens trained on", "turns, first 5 steps", "last 5 steps",
             "failing calls, first 5", "invalid calls, first 5"]  # fmt: skip
+    first, last = slice(5), slice(-5, None)
     rows = []
     for arm, runs in of.items():
-        turns = [[line["rollout/turns_mean"] for line in run.trains] for run in runs]
-        early = [run.trains[:5] for run in runs]
+
+        def over(value: Callable[[Run], float], runs: Sequence[Run] = runs) -> Interval:
+            return statistics.t_interval([value(run) for run in runs])
+
         rows.append(
             [
                 arm,
-                _number(statistics.t_interval([run.total("time/step") for run in runs]), ".0f"),
-                _number(
-                    statistics.t_interval([run.total("train/tokens") for run in runs]), ",.0f"
-                ),
-                _number(statistics.t_interval([np.mean(t[:5]) for t in turns]), ".2f"),
-                _number(statistics.t_interval([np.mean(t[-5:]) for t in turns]), ".2f"),
-                *(
-                    _share(
-                        statistics.t_interval(
-                            [np.mean([line[key] for line in lines]) for lines in early]
-                        )
-                    )
-                    for key in ("tool/error_rate", "tool/invalid_rate")
-                ),
+                _number(over(lambda run: run.total("time/step")), ".0f"),
+                _number(over(lambda run: run.total("train/tokens")), ",.0f"),
+                _number(over(lambda run: run.mean("rollout/turns_mean", first)), ".2f"),
+                _number(over(lambda run: run.mean("rollout/turns_mean", last)), ".2f"),
+                _percent(over(lambda run: run.mean("tool/error_rate", first))),
+                _percent(over(lambda run: run.mean("tool/invalid_rate", first))),
             ]
         )
     return head, rows
@@ -223,13 +218,13 @@ def _overhead(of: Mapping[str, Sequence[Run]]) -> list[page.Block]:
         logs = statistics.t_interval([math.log(cost(a) / cost(b)) for a, b in pairs])
         return Interval(*(math.exp(x) - 1 for x in logs))
 
+    step, token = (_percent(ratio(key), "+.1f") for key in (None, "train/tokens"))
     return [
         page.Heading("What GTPO adds to a step's time"),
         page.Text(
-            f"A step of gtpo takes {_signed(ratio(None))} against grpo's, a token that is "
-            f"trained on {_signed(ratio('train/tokens'))} (geometric mean over seeds, 95% "
-            "interval). What the credit itself takes, without rollouts that differ: "
-            "`python -m benchmarks.overhead`."
+            f"A step of gtpo takes {step} against grpo's, a token that is trained on {token} "
+            "(geometric mean over seeds, 95% interval). What the credit itself takes, without "
+            "rollouts that differ: `python -m benchmarks.overhead`."
         ),
     ]
 
@@ -239,16 +234,8 @@ def _hours(of: Mapping[str, Sequence[Run]]) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
-def _share(x: Interval) -> str:
-    return _number(Interval(*(100 * v for v in x)), ".1f", "%")
-
-
-def _points(x: Interval) -> str:
-    return _number(Interval(*(100 * v for v in x)), "+.1f")
-
-
-def _signed(x: Interval) -> str:
-    return _number(Interval(*(100 * v for v in x)), "+.1f", "%")
+def _percent(x: Interval, form: str = ".1f", unit: str = "%") -> str:
+    return _number(Interval(*(100 * v for v in x)), form, unit)
 
 
 def _number(x: Interval, form: str, unit: str = "") -> str:
@@ -297,11 +284,7 @@ def draw(study: Study, of: Mapping[str, Sequence[Run]], path: Path) -> None:
 
 def main() -> None:
     """Make the report of a study."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("experiments.report", __doc__)
     parser.add_argument("--study", required=True, help=", ".join(STUDIES))
     parser.add_argument("--preset", required=True, help=", ".join(PRESETS))
     parser.add_argument("--root", type=Path, help="take the finished runs of this folder first")

@@ -38,8 +38,8 @@ class Run:
     def total(self, key: str) -> float:
         return float(sum(line[key] for line in self.trains))
 
-    def mean(self, key: str) -> float:
-        return float(np.mean([line[key] for line in self.trains]))
+    def mean(self, key: str, steps: slice) -> float:
+        return float(np.mean([line[key] for line in self.trains[steps]]))
 
 
 def collect(root: Path, preset: str, arms: Sequence[str]) -> None:

@@ -13,7 +13,6 @@ Start it as often as there are machines or cards: runners that share ROOT share 
 from its last checkpoint when this is started again; the exit code is 75 then.
 """
 
-import argparse
 import importlib.util
 import json
 import os
@@ -31,7 +30,7 @@ from ml_collections import ConfigDict
 from experiments import claims, manifest
 from experiments.studies import ARMS, PRESETS, STUDIES
 from gtpo_jax.config import known, validate
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.evaluate import for_benchmark
 
 POLL = 5.0  # seconds
@@ -212,11 +211,7 @@ def make_traces(preset: str, root: Path, data: str) -> None:
 
 def main() -> None:
     """Run a study as the command line says."""
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.run",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("experiments.run", __doc__)
     parser.add_argument("--study", required=True, help=", ".join(STUDIES))
     parser.add_argument("--preset", required=True, help=", ".join(PRESETS))
     parser.add_argument("--seeds", type=int, default=0, help="0: as many as the study names")

@@ -20,8 +20,8 @@ class Arm:
 
 @dataclass(frozen=True)
 class Study:
-    """`baseline`: the arm that every other one is compared with. Of `contrasts`, pairs (arm,
-    arm) of the table, the first is the one that the verdict is about."""
+    """`contrasts` are the pairs of arms whose difference is told; the verdict is about the
+    first of them."""
 
     question: str
     arms: tuple[str, ...]
@@ -116,28 +116,33 @@ MATH = ("aime24", "aime25", "math500", "amc23", "olympiadbench", "svamp", "gsm8k
 SMALL = {"tiny": ("arithmetic",), "smollm2": ("gsm8k", "svamp"), "smollm2_cpu": ("svamp",)}
 ALL_MATH = {**SMALL, "qwen25_7b": MATH}
 
+
+def against(baseline: str, *arms: str) -> tuple[tuple[str, str], ...]:
+    """Each of the arms compared with the same one."""
+    return tuple((arm, baseline) for arm in arms)
+
+
+# Arms, and what tells the reward and the credit apart.
+MAIN = (
+    ("grpo", "grpo_outcome", "grpo_sum", "gtpo"),
+    (
+        ("gtpo", "grpo"),
+        ("gtpo", "grpo_sum"),
+        ("gtpo", "grpo_outcome"),
+        ("grpo_sum", "grpo"),
+    ),
+)
+
 STUDIES = {
     "main_math": Study(
         "Does credit by turn help in mathematics, reward and credit told apart?",
-        ("grpo", "grpo_outcome", "grpo_sum", "gtpo"),
-        (
-            ("gtpo", "grpo"),
-            ("gtpo", "grpo_sum"),
-            ("gtpo", "grpo_outcome"),
-            ("grpo_sum", "grpo"),
-        ),
+        *MAIN,
         ALL_MATH,
         seeds=5,
     ),
     "main_general": Study(
         "Does it help in commonsense questions and in programs?",
-        ("grpo", "grpo_outcome", "grpo_sum", "gtpo"),
-        (
-            ("gtpo", "grpo"),
-            ("gtpo", "grpo_sum"),
-            ("gtpo", "grpo_outcome"),
-            ("grpo_sum", "grpo"),
-        ),
+        *MAIN,
         {
             "tiny": ("arithmetic",),
             "smollm2": ("strategyqa", "commonsenseqa"),
@@ -149,50 +154,33 @@ STUDIES = {
     "ablation": Study(
         "Which of GTPO's three parts does the work?",
         ("gtpo", "no_turn_rewards", "gamma_1", "grpo_sum", "no_shaping"),
-        (
-            ("no_turn_rewards", "gtpo"),
-            ("gamma_1", "gtpo"),
-            ("grpo_sum", "gtpo"),
-            ("no_shaping", "gtpo"),
-        ),
+        against("gtpo", "no_turn_rewards", "gamma_1", "grpo_sum", "no_shaping"),
         ALL_MATH,
     ),
     "gamma": Study(
         "How much should later rewards count?",
         ("gamma_0.0", "gamma_0.5", "gamma_0.8", "gtpo", "gamma_0.95", "gamma_1"),
-        tuple(
-            (arm, "gtpo")
-            for arm in ("gamma_1", "gamma_0.0", "gamma_0.5", "gamma_0.8", "gamma_0.95")
-        ),
+        against("gtpo", "gamma_1", "gamma_0.0", "gamma_0.5", "gamma_0.8", "gamma_0.95"),
         ALL_MATH,
     ),
     "scope": Study(
         "Over which turns should returns be normalised, and does the choice change lengths?",
         ("gtpo", "scope_batch", "scope_turn", "scope_group_trajectory", "keep_equal_groups"),
-        tuple(
-            (arm, "gtpo")
-            for arm in (
-                "scope_turn",
-                "scope_batch",
-                "scope_group_trajectory",
-                "keep_equal_groups",
-            )
+        against(
+            "gtpo", "scope_turn", "scope_batch", "scope_group_trajectory", "keep_equal_groups"
         ),
         ALL_MATH,
     ),
     "shaping": Study(
         "How much credit should code that resembles a right one's earn, and by what likeness?",
         ("no_shaping", "alpha_0.25", "gtpo", "alpha_1.0", "embedding"),
-        tuple((arm, "gtpo") for arm in ("no_shaping", "alpha_0.25", "alpha_1.0", "embedding")),
+        against("gtpo", "no_shaping", "alpha_0.25", "alpha_1.0", "embedding"),
         ALL_MATH,
     ),
     "relatives": Study(
         "How does it compare with its relatives?",
         ("gtpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "mt_grpo", "irc"),
-        tuple(
-            (arm, "gtpo")
-            for arm in ("grpo", "dr_grpo", "rloo", "dapo", "gspo", "mt_grpo", "irc")
-        ),
+        against("gtpo", "grpo", "dr_grpo", "rloo", "dapo", "gspo", "mt_grpo", "irc"),
         ALL_MATH,
     ),
     "overhead": Study(

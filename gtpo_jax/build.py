@@ -183,15 +183,20 @@ def published(config: ConfigDict, source: str) -> Policy:
 
 def from_run(run: Path, which: str = "newest") -> Policy:
     """The policy of a run's "newest" or "best" checkpoint. InputError where there is none."""
-    path = run / "model.json"
-    if not path.exists():
-        raise InputError(f"{run}: no model.json there; is it the folder of a run?")
-    model = ModelConfig(**json.loads(path.read_text()))
+    model = model_of_run(run)
     like = jax.eval_shape(lambda: transformer.init(model, 0))
     trained, frozen = lora.split(model, like)
     parts = checkpoint.load_params(run, {"params": trained, "frozen": frozen}, which)
     params = lora.join(parts["params"], parts["frozen"])
     return Policy(model, params, tokenizers.load_tokenizer(str(run / "tokenizer")))
+
+
+def model_of_run(run: Path) -> ModelConfig:
+    """The model that a run trains. Raises InputError where there is none."""
+    path = run / "model.json"
+    if not path.exists():
+        raise InputError(f"{run}: no model.json there; is it the folder of a run?")
+    return ModelConfig(**json.loads(path.read_text(encoding="utf-8")))
 
 
 def _fresh(config: ConfigDict) -> Policy:

@@ -11,7 +11,6 @@ above 5 GB), generation_config.json with the tokens that end a turn, and the tok
 The folder appears when it is whole. Training can start from it: --config.model.source=FOLDER.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from safetensors import SafetensorError
 
 from gtpo_jax import build
 from gtpo_jax.build import Policy
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.model.tokenizer import SentencePieceTokenizer, Tokenizer
 from gtpo_jax.model.weights import save_hf
 
@@ -128,11 +127,7 @@ def hugging_face(tokenizer: SentencePieceTokenizer) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m gtpo_jax.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("gtpo_jax.export", __doc__)
     parser.add_argument("run", type=Path, help="folder of a run")
     parser.add_argument("--out", type=Path, required=True, help="folder to make")
     parser.add_argument(

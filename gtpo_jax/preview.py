@@ -5,7 +5,6 @@ are read. What the compiled programs take besides, on devices that need not be t
 `gtpo_jax.plan`.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import jax
 from ml_collections import ConfigDict
 
 from gtpo_jax import build
-from gtpo_jax.errors import InputError
 from gtpo_jax.model import lora, transformer, weights
 from gtpo_jax.model.caches import fresh
 from gtpo_jax.model.config import ModelConfig
@@ -27,10 +25,7 @@ def model(config: ConfigDict) -> ModelConfig:
     """The model that the config trains, without its weights where they need not be read."""
     m = config.model
     if m.init_from:
-        path = Path(m.init_from) / "model.json"
-        if not path.exists():
-            raise InputError(f"model.init_from={m.init_from}: no model.json there")
-        made = ModelConfig(**json.loads(path.read_text(encoding="utf-8")))
+        made = build.model_of_run(Path(m.init_from))
     elif m.source and Path(m.source).is_dir():
         made = weights.read_config(m.source, m.dtype, m.param_dtype)
     elif m.source:

@@ -12,7 +12,6 @@ escaped, goes into the page as text nodes, and the page's own script is the only
 content security policy lets run.
 """
 
-import argparse
 import base64
 import contextlib
 import hashlib
@@ -24,8 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gtpo_jax.errors import InputError, run_command
-from gtpo_jax.rl.rewards import all_code
+from gtpo_jax.errors import InputError, command_parser, run_command
+from gtpo_jax.rl.rewards import all_code, left_out
 from gtpo_jax.rl.shaping import token_similarity
 from gtpo_jax.rl.types import Trajectory, Turn
 from gtpo_jax.tasks.types import Problem
@@ -62,7 +61,9 @@ def report(run: Path, max_bytes: int = MAX_BYTES) -> str:
         raise InputError(f"{run}/metrics.jsonl has no line: did the run begin?")
     config = _config(run)
     start = {"run": run.resolve().name, "facts": _facts(config), "curves": curves}
-    start |= {"alpha": config.get("reward", {}).get("alpha"), "left_out": _left_out(config)}
+    reward = config.get("reward", {})
+    away = left_out(reward.get("drop_void", False), reward.get("drop_truncated", False))
+    start |= {"alpha": reward.get("alpha"), "left_out": away}
 
     # Whole steps go first; then problems of a step; then long texts are cut shorter.
     steps = len(groups)
@@ -329,13 +330,6 @@ def _facts(config: dict[str, Any]) -> list[list[str]]:
     return [[name, str(value)] for name, value in facts.items() if value is not None]
 
 
-def _left_out(config: dict[str, Any]) -> list[str]:
-    """The statuses that are in no statistic and no loss, as `rl.rewards.score` decides."""
-    reward = config.get("reward", {})
-    dropped = [status for status in ("void", "truncated") if reward.get(f"drop_{status}")]
-    return ["tool_failure", *dropped]
-
-
 def _trajectory(line: dict[str, Any]) -> Trajectory:
     """As much of it as `all_code` reads."""
     turns = [
@@ -367,11 +361,7 @@ def _sha256(text: str) -> str:
 
 def main() -> None:
     """Write the report, and a picture of it where asked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gtpo_jax.view",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("gtpo_jax.view", __doc__)
     parser.add_argument("run", type=Path, metavar="RUN", help="the --workdir of a run")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="RUN/report.html where left out"

@@ -38,14 +38,12 @@ def score(
     order of first appearance. `overlong_buffer` > 0 switches on DAPO's soft length penalty
     against `max_tokens` after the prompt.
     """
-    left_out = {"tool_failure"}
-    left_out |= {"void"} if drop_void else set()
-    left_out |= {"truncated"} if drop_truncated else set()
+    away = left_out(drop_void, drop_truncated)
     numbers: dict[str, int] = {}
     groups = np.array(
         [numbers.setdefault(t.problem.id, len(numbers)) for t in trajectories], np.int32
     )
-    keep = [i for i, t in enumerate(trajectories) if t.turns and t.status not in left_out]
+    keep = [i for i, t in enumerate(trajectories) if t.turns and t.status not in away]
 
     kept = [trajectories[i] for i in keep]
     shape = (len(trajectories), max_turns)
@@ -74,6 +72,12 @@ def score(
         outcome[i] = float(trajectory.correct) + overlong
         format_ok[i] = not any(penalised)
     return Rewards(turn, outcome, format_ok), mask, groups
+
+
+def left_out(drop_void: bool = False, drop_truncated: bool = False) -> list[str]:
+    """The statuses that are in no statistic and no loss."""
+    dropped = {"void": drop_void, "truncated": drop_truncated}
+    return ["tool_failure", *(status for status, drop in dropped.items() if drop)]
 
 
 def has_format_error(turn: Turn, first: bool, invalid_on_syntax_error: bool = False) -> bool:

@@ -13,13 +13,12 @@ by its name:
 The program is run in the sandbox; a trace is kept if what it prints is the answer.
 """
 
-import argparse
 import keyword
 import re
 from collections.abc import Sequence
 from decimal import Decimal
 
-from gtpo_jax.errors import InputError, run_command
+from gtpo_jax.errors import InputError, command_parser, run_command
 from gtpo_jax.tasks.loaders import Row, read_rows
 from gtpo_jax.tasks.math import GSM8K_FIELDS, GSM8K_HUB, gsm8k_problem
 from gtpo_jax.tasks.traces import Recorded, Step, write
@@ -135,11 +134,7 @@ MAKERS = {"gsm8k": gsm8k}
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write traces of a task's solutions."""
-    parser = argparse.ArgumentParser(
-        prog="python -m gtpo_jax.tasks.coldstart",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("gtpo_jax.tasks.coldstart", __doc__)
     parser.add_argument("--task", default="gsm8k", help=", ".join(MAKERS))
     parser.add_argument("--out", required=True, help="the file to write")
     parser.add_argument("--path", help="folder, file or hub id; the hub where it is left out")

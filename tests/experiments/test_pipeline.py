@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -34,15 +33,11 @@ def jobs(tmp_path_factory):
         with (DATA / task / f"{name}.jsonl").open(encoding="utf-8") as lines:
             few = list(itertools.islice(lines, count))
         (data / task / f"{name}.jsonl").write_text("".join(few), encoding="utf-8")
-    here, environment = Path.cwd(), os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    os.chdir(ROOT)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(root / "compiled")
-    run.make_traces(PRESET, root, str(data))
-    yield run.jobs("overhead", PRESET, (0,), root, str(data), "process")
-    os.chdir(here)
-    del os.environ["JAX_COMPILATION_CACHE_DIR"]
-    if environment is not None:
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = environment
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(root / "compiled"))
+        run.make_traces(PRESET, root, str(data))
+        yield run.jobs("overhead", PRESET, (0,), root, str(data), "process")
 
 
 @pytest.mark.slow
