@@ -208,23 +208,33 @@ def _used(of: Mapping[str, Sequence[Run]]):
 
 
 def _overhead(of: Mapping[str, Sequence[Run]]) -> list[page.Block]:
-    """GTPO's step time over GRPO's, seed by seed; a token's too, for lengths differ."""
+    """GTPO's step time over GRPO's, seed by seed; a token's too, for lengths differ, and what
+    the credit alone takes."""
+    pairs = list(zip(of["gtpo"], of["grpo"], strict=True))
 
     def ratio(key: str | None) -> Interval:
         def cost(run: Run) -> float:
             return run.total("time/step") / (run.total(key) if key else len(run.trains))
 
-        pairs = zip(of["gtpo"], of["grpo"], strict=True)
         logs = statistics.t_interval([math.log(cost(a) / cost(b)) for a, b in pairs])
         return Interval(*(math.exp(x) - 1 for x in logs))
 
+    def credit(run: Run) -> float:
+        return run.total("time/credit") / len(run.trains)
+
     step, token = (_percent(ratio(key), "+.1f") for key in (None, "train/tokens"))
+    more = statistics.t_interval([credit(a) - credit(b) for a, b in pairs])
+    share = statistics.t_interval(
+        [(credit(a) - credit(b)) * len(b.trains) / b.total("time/step") for a, b in pairs]
+    )
     return [
         page.Heading("What GTPO adds to a step's time"),
         page.Text(
             f"A step of gtpo takes {step} against grpo's, a token that is trained on {token} "
-            "(geometric mean over seeds, 95% interval). What the credit itself takes, without "
-            "rollouts that differ: `python -m benchmarks.overhead`."
+            "(geometric mean over seeds, 95% interval); rollouts that differ are in it, and so "
+            "is what else the machine did. Rewards, shaping and advantages alone take "
+            f"{_number(Interval(*(1000 * x for x in more)), '+.1f', ' ms')} more with gtpo: "
+            f"{_percent(share, '+.2f')} of grpo's step."
         ),
     ]
 

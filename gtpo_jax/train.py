@@ -121,6 +121,7 @@ def run(
                 config.rollout.resample_rounds,
             )
             generation.release()
+            crediting = time.perf_counter()
             rewards, mask, groups = score_rewards(
                 trajectories,
                 config.rollout.max_turns,
@@ -156,6 +157,7 @@ def run(
                     **advantage_metrics(advantage, mask),
                     **learned,
                     "update/tokens_per_s": learned["train/tokens"] / (ended - updating),
+                    "time/credit": updating - crediting,
                     "time/update": ended - updating,
                     "time/step": ended - started,
                     "compile/count": compiles.take(),
