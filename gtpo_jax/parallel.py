@@ -47,6 +47,8 @@ RULES = (
     (r"(^|/)head", ("fsdp", "tensor")),  # [D, V]
     (r"/(q|k|v|gate|up)/(kernel|lora_b)", ("fsdp", "tensor")),  # [D, out], [rank, out]
     (r"/(o|down)/(kernel|lora_a)", ("tensor", "fsdp")),  # [in, D], [in, rank]
+    (r"/(q|k|v|gate|up)/transposed", ("tensor", "fsdp")),  # the same for engines, [out, D]
+    (r"/(o|down)/transposed", ("fsdp", "tensor")),  # [D, in]
     (r"/(q|k|v)/bias", ("tensor",)),
     (r"/lora_[ab]|scale|ns_coeffs", ()),  # the others are small: every device has a copy
 )

@@ -16,7 +16,6 @@ and caches have to find room.
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,11 +25,11 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from gtpo_jax import build, collectives, parallel
+from gtpo_jax import collectives, parallel, preview
 from gtpo_jax.config import named, parse_command, validate
 from gtpo_jax.errors import InputError, run_command
 from gtpo_jax.generation import slots_that_fit
-from gtpo_jax.model import flops, lora, transformer, weights
+from gtpo_jax.model import flops, lora, transformer
 from gtpo_jax.model.caches import per_layer
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.engine import Engine
@@ -124,7 +123,7 @@ def plan(config: ConfigDict, name: str) -> Plan:
     if p.mapping != "mesh":
         raise InputError(f"parallel.mapping={p.mapping!r}: plans are for 'mesh'")
     devices = parallel.make("mesh", p.devices, p.fsdp, p.tensor, there)
-    model = described(config)
+    model = preview.model(config)
     state, update = abstract_update(config, model, devices)
     gradients = abstract_batch(config, devices)
     length = r.max_prompt_tokens + r.max_tokens
@@ -189,16 +188,6 @@ def plan(config: ConfigDict, name: str) -> Plan:
         sent=total,
         seconds=seconds,
     )
-
-
-def described(config: ConfigDict) -> ModelConfig:
-    """The model that is trained, without its weights."""
-    m = config.model
-    if m.source and Path(m.source).is_dir():
-        model = weights.read_config(m.source, m.dtype, m.param_dtype)
-    else:
-        model = build.described(config)
-    return build.as_trained(config, model)
 
 
 def abstract_update(config: ConfigDict, model: ModelConfig, devices: Parallel):

@@ -15,7 +15,7 @@ from gtpo_jax.model import sampling
 from gtpo_jax.model.attention import Cache
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.sampling import Sampling
-from gtpo_jax.model.transformer import Block, Params, head, norm
+from gtpo_jax.model.transformer import Block, Params, head, norm, product_for
 from gtpo_jax.parallel import Layout
 
 Caches = list[tuple[jax.Array, jax.Array]]
@@ -49,14 +49,22 @@ def put_rows(caches: Caches, rows: jax.Array, taken: Caches) -> Caches:
 
 @functools.partial(jax.jit, static_argnums=0)
 def per_layer(config: ModelConfig, params: Params) -> Params:
-    """Stacked training weights -> one tree a layer, matrices in the compute dtype."""
+    """Stacked training weights -> one tree a layer, in the compute dtype; kernels [in,out] as
+    "transposed" [out,in], which is how decoding reads them best (`transformer.columns`)."""
+
     # Slicing the stack in every decode step would cost as much as reading it.
+    def of_layer(tree: Params, layer: int) -> Params:
+        tree = jax.tree.map(lambda x: x[layer], tree)
+        return {name: _renamed(part, "kernel", "transposed") for name, part in tree.items()}
+
     cast = jax.tree.map(lambda x: x.astype(config.dtype), params)
-    layers = [
-        jax.tree.map(lambda x, layer=layer: x[layer], cast["layers"])
-        for layer in range(config.layers)
-    ]
+    layers = [of_layer(cast["layers"], layer) for layer in range(config.layers)]
     return {**cast, "layers": layers}
+
+
+def _renamed(part: Params, old: str, new: str) -> Params:
+    """The same part of a layer, with its matrix `old` transposed and called `new`."""
+    return {new if name == old else name: x.T if name == old else x for name, x in part.items()}
 
 
 def extend(
@@ -101,6 +109,7 @@ def decode(
     turn_keys = sampling.fold(jax.random.wrap_key_data(keys), turns)
     stopping = jnp.zeros(config.vocab_size, bool).at[jnp.array(stops, int)].set(True)
     left = jnp.sum(room > 0) - enough
+    product = product_for(layout.platform, len(rows))
 
     def going(state):
         return (jnp.sum(state["alive"]) > left) & (state["step"] < steps)
@@ -116,7 +125,7 @@ def decode(
             state["lengths"][:, None],
             state["caches"],
         )
-        logits = head(config, params, hidden[:, 0])
+        logits = head(config, params, hidden[:, 0], product)
         draw_keys = sampling.fold(turn_keys, state["lengths"])
         new, logprob = sampling.sample(logits, draw_keys, how)
         alive, i = state["alive"], state["step"]
@@ -156,6 +165,7 @@ def _forward(config, layout, params, tokens, positions, caches, rows=None):
     block = jax.jit(lambda p, x, at, cache: Block(config, layout).apply(p, x, at, cache=cache))
     out = []
     for layer, (keys, values) in zip(params["layers"], caches, strict=True):
-        x, cache = block({"params": layer}, x, positions, Cache(keys, values, rows))
+        params_of = {n: _renamed(part, "transposed", "kernel") for n, part in layer.items()}
+        x, cache = block({"params": params_of}, x, positions, Cache(keys, values, rows))
         out.append((cache.keys, cache.values))
     return norm(config, "final_norm").apply({"params": params["final_norm"]}, x), out

@@ -6,6 +6,7 @@ second model. Parameters: {"embed" [V,D], "layers" (leading axis: layer), "final
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from gtpo_jax.parallel import Layout
 
 Params = dict[str, Any]
 ONE_DEVICE = Layout()
+FEW = 64  # rows; with more, a product takes as long as its arithmetic
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> jax.Array:
@@ -56,6 +58,22 @@ def rope(x: jax.Array, positions: jax.Array, frequencies: jax.Array) -> jax.Arra
     return turned.astype(x.dtype)
 
 
+def product_for(platform: str, rows: int) -> Callable:
+    """What multiplies activations [rows,in] by a kernel [in,out] when tokens are generated."""
+    return columns if platform == "cpu" and rows <= FEW else jax.lax.dot_general
+
+
+def columns(x: jax.Array, kernel: jax.Array, *_: Any, **how: Any) -> jax.Array:
+    """x [n,in] @ kernel [in,out] as (kernel' x')', for few rows on a CPU.
+
+    There a product takes as long as it takes to read the kernel, and that is faster in order:
+    kept as [out,in], on the left. 34 ms instead of 41 for 16 rows of SmolLM2-135M.
+    """
+    product = jnp.dot(kernel.T, x.T, **how)
+    # Without the barrier XLA would turn it round again.
+    return jax.lax.optimization_barrier(product).T
+
+
 def norm(config: ModelConfig, name: str) -> nn.RMSNorm:
     return nn.RMSNorm(
         epsilon=config.norm_eps,
@@ -86,13 +104,16 @@ class Block(nn.Module):
         """
         c = self.config
         rows, length, width = x.shape
+        product = jax.lax.dot_general
+        if cache is not None:
+            product = product_for(self.layout.platform, rows * length)
 
         def dense(features: int, name: str, bias: bool = False) -> nn.Module:
             dtypes = {"dtype": jnp.dtype(c.dtype), "param_dtype": jnp.dtype(c.param_dtype)}
             if c.lora_rank and name in c.lora_targets:
                 adapter = (c.lora_rank, c.lora_alpha)
                 return Adapted(features, bias, *adapter, **dtypes, name=name)
-            return nn.Dense(features, use_bias=bias, **dtypes, name=name)
+            return nn.Dense(features, bias, dot_general=product, **dtypes, name=name)
 
         # [B*T, D]: XLA on CPU multiplies flat matrices faster than batched ones.
         flat = x.reshape(rows * length, width)
@@ -168,10 +189,17 @@ def init(config: ModelConfig, seed: int) -> Params:
     return jax.jit(Transformer(config).init)(jax.random.key(seed), one, one, one)["params"]
 
 
-def head(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+def head(
+    config: ModelConfig,
+    params: Params,
+    hidden: jax.Array,
+    product: Callable = jax.lax.dot_general,
+) -> jax.Array:
     """hidden [..., D] -> logits [..., V], float32."""
     matrix = params["embed"].T if config.tie_embeddings else params["head"]
-    return jnp.dot(hidden, matrix.astype(config.dtype), preferred_element_type=jnp.float32)
+    last_by_first = (((hidden.ndim - 1,), (0,)), ((), ()))
+    matrix = matrix.astype(config.dtype)
+    return product(hidden, matrix, last_by_first, preferred_element_type=jnp.float32)
 
 
 def logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
