@@ -63,13 +63,15 @@ def decoding(options: argparse.Namespace) -> dict[str, dict]:
         return jax.jit(run)
 
     exact = FLAT["xla"](*(x.astype(jnp.float32) for x in (q, *caches[:2])), counts)
+    turned = [x if i % 2 else jnp.swapaxes(x, 1, 2) for i, x in enumerate(caches)]
     ways, programs = {}, {}
     for name, attend in FLAT.items():
+        held = turned if name == "turned" else caches
         try:
-            program = layers(attend).lower(q, caches).compile()
-            program(q, caches).block_until_ready()
-            ways[name] = {"off_by": off_by(attend(q, *caches[:2], counts), exact)}
-            programs[name] = program, (q, caches)
+            program = layers(attend).lower(q, held).compile()
+            program(q, held).block_until_ready()
+            ways[name] = {"off_by": off_by(attend(q, *held[:2], counts), exact)}
+            programs[name] = program, (q, held)
         except Exception as error:
             ways[name] = {"error": first_line(error)}
     moved = 2 * options.rows * live * options.width * q.dtype.itemsize

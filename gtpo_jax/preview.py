@@ -47,7 +47,8 @@ def lines(
     own = sum(x.size for x in jax.tree.leaves(trained))
     adapted = f", {own:,} of them trained" if jax.tree.leaves(frozen) else ""
     length = r.max_prompt_tokens + r.max_tokens
-    caches = jax.eval_shape(lambda: fresh(made, r.cache_dtype or made.dtype, 1, length))
+    dtype = r.cache_dtype or made.dtype
+    caches = jax.eval_shape(lambda: fresh(made, devices.layout.platform, dtype, 1, length))
     most = r.problems * r.samples
     out = [
         f"{config.advantage.name} on {config.task.name}: {r.problems} problems x {r.samples} "

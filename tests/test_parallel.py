@@ -12,7 +12,8 @@ import pytest
 from gtpo_jax import parallel
 from gtpo_jax.errors import InputError
 from gtpo_jax.model import transformer
-from gtpo_jax.model.config import ModelConfig
+from gtpo_jax.model.caches import per_layer
+from gtpo_jax.model.config import MATRICES, ModelConfig
 
 SCRIPT = """
 import json, sys
@@ -133,12 +134,16 @@ def test_every_weight_of_every_kind_has_a_rule_and_lies_as_it_says():
     )
     mesh = jax.sharding.AbstractMesh((2, 2, 2), parallel.AXES)
     shapes = jax.eval_shape(lambda: transformer.init(config, 0))
-    specs = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
-            parallel.sharding(mesh, path, x.shape).spec
-        )
-        for path, x in jax.tree_util.tree_leaves_with_path(shapes)
-    }
+
+    def specs_of(tree):
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="/"): tuple(
+                parallel.sharding(mesh, path, x.shape).spec
+            )
+            for path, x in jax.tree_util.tree_leaves_with_path(tree)
+        }
+
+    specs = specs_of(shapes)
     assert specs["embed"] == ("tensor", "fsdp") and specs["head"] == ("fsdp", "tensor")
     assert specs["layers/q/kernel"] == (None, "fsdp", "tensor")
     assert specs["layers/down/kernel"] == (None, "tensor", "fsdp")
@@ -147,6 +152,11 @@ def test_every_weight_of_every_kind_has_a_rule_and_lies_as_it_says():
     assert specs["layers/o/lora_a"] == (None, "tensor", "fsdp")
     assert specs["final_norm/scale"] == (None,)
     assert len(specs) == 3 + 4 + 7 + 3 + 14  # outside layers, norms, kernels, biases, adapters
+    # An engine's kernels lie as the trained ones do, the other way round.
+    engine = specs_of(jax.eval_shape(lambda: per_layer(config, shapes)))
+    for name in MATRICES:
+        kernel = specs[f"layers/{name}/kernel"]
+        assert engine[f"layers/1/{name}/transposed"] == kernel[:0:-1]
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from gtpo_jax.model import kernels
 class Cache(NamedTuple):
     """Keys and values of one layer. `slots` names the rows this call works on (None: all)."""
 
-    keys: jax.Array  # [B, kv_heads, S, head_dim]
-    values: jax.Array  # [B, kv_heads, S, head_dim]
+    keys: jax.Array  # [B, kv_heads, S, h], or [B, kv_heads, h, S] where they are `turned`
+    values: jax.Array  # [B, kv_heads, S, h]
     slots: jax.Array | None = None  # [n] int32; a slot >= B is padding: nothing is written
 
 
@@ -39,11 +39,25 @@ BEST_PACKED = {
 # What attends to the cache when one token is decoded, by platform, likewise.
 FLAT = {
     "xla": kernels.attend_xla,
+    "turned": kernels.attend_turned,
     "triton": kernels.attend_triton,
     "cudnn": kernels.attend_cudnn,
     "paged": kernels.attend_paged,
 }
-BEST = {"cpu": "xla", "tpu": "paged"}
+BEST = {"cpu": "turned", "tpu": "paged"}
+
+
+def turned(platform: str) -> bool:
+    """Whether keys are cached as [B, kv_heads, h, S], for the kernel of this platform."""
+    return BEST.get(platform) == "turned"
+
+
+def cache_shapes(
+    platform: str, rows: int, kv_heads: int, capacity: int, head_dim: int
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of the keys and the values of one layer."""
+    lies, other = (rows, kv_heads, capacity, head_dim), (rows, kv_heads, head_dim, capacity)
+    return other if turned(platform) else lies, lies
 
 
 def packed_kernel(platform: str, dtype: jnp.dtype, one_segment: bool) -> str:
@@ -55,11 +69,15 @@ def packed_kernel(platform: str, dtype: jnp.dtype, one_segment: bool) -> str:
     return BEST_PACKED.get((platform, "one" if one_segment else "several"), "xla")
 
 
-def flat_kernel(platform: str, keys: jax.Array) -> str:
-    """The name in `FLAT` of what attends to a cache `keys` [..., S, h] of one layer."""
+def flat_kernel(platform: str, values: jax.Array, length: int = 1) -> str:
+    """The name in `FLAT` of what attends with `length` tokens a row to a cache of one layer,
+    `values` [..., S, h]."""
     name = BEST.get(platform, "xla")
+    if length > 1 and not turned(platform):
+        return "xla"
     # Mosaic wants whole lanes of 128, pages have at least 128 tokens, products are bfloat16.
-    fits = keys.shape[-1] % 128 == keys.shape[-2] % 128 == 0 and keys.dtype == jnp.bfloat16
+    fits = values.shape[-1] % 128 == values.shape[-2] % 128 == 0
+    fits &= values.dtype == jnp.bfloat16
     return "xla" if name == "paged" and not fits else name
 
 
@@ -94,10 +112,14 @@ def cached_attention(
 
     q [n,T,heads,h], k and v [n,T,kv_heads,h]. A position >= S is padding and is not written.
     """
+    platform = platform or jax.default_backend()
     keys, values, slots = cache
     at = jnp.arange(keys.shape[0]) if slots is None else slots
-    keys = keys.at[at[:, None], :, positions].set(k.astype(keys.dtype), mode="drop")
-    values = values.at[at[:, None], :, positions].set(v.astype(values.dtype), mode="drop")
+    all_of = slice(None)
+    place = (at[:, None], all_of, positions)
+    keys_place = (at[:, None], all_of, all_of, positions) if turned(platform) else place
+    keys = keys.at[keys_place].set(k.astype(keys.dtype), mode="drop")
+    values = values.at[place].set(v.astype(values.dtype), mode="drop")
     seen_k, seen_v = (keys, values) if slots is None else (keys[slots], values[slots])
 
     # Flat: a batch of products [T*g,h] x [h,S], one for each row and head. XLA on CPU takes a
@@ -108,9 +130,9 @@ def cached_attention(
     flat_k, flat_v = (x.reshape(rows * heads, *x.shape[2:]) for x in (seen_k, seen_v))
     groups = query.shape[1] // length
     # At most S: a kernel that reads only what is seen would read on into the next row's cache.
-    counts = jnp.minimum(positions + 1, keys.shape[2])
+    counts = jnp.minimum(positions + 1, values.shape[2])
     counts = jnp.repeat(jnp.repeat(counts, heads, axis=0), groups, axis=1)
-    name = flat_kernel(platform or jax.default_backend(), keys) if length == 1 else "xla"
-    out = FLAT[name](query, flat_k, flat_v, counts)
+    attend = FLAT[flat_kernel(platform, values, length)]
+    out = attend(query, flat_k, flat_v, counts)
     out = jnp.moveaxis(out.reshape(rows, heads, length, -1, q.shape[-1]), 1, 2)
     return out.reshape(q.shape).astype(q.dtype), Cache(keys, values, slots)

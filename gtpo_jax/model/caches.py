@@ -1,6 +1,6 @@
 """What the engine runs on the device: pure functions of weights, caches and small arrays.
 
-Caches are a list, a layer each, of (keys, values) [rows, kv_heads, capacity, head_dim]. A row
+Caches are a list, a layer each, of (keys, values), shaped by `attention.cache_shapes`. A row
 number beyond the last is padding: it is read as any row and written nowhere. Letters: W rows
 decoded together, n rows and T tokens written together.
 """
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from gtpo_jax.model import sampling
-from gtpo_jax.model.attention import Cache
+from gtpo_jax.model.attention import Cache, cache_shapes
 from gtpo_jax.model.config import ModelConfig
 from gtpo_jax.model.sampling import Sampling
 from gtpo_jax.model.transformer import Block, Params, head, norm, product_for
@@ -21,16 +21,17 @@ from gtpo_jax.parallel import Layout
 Caches = list[tuple[jax.Array, jax.Array]]
 
 
-def fresh(config: ModelConfig, dtype: str, rows: int, capacity: int) -> Caches:
-    """Empty caches."""
-    shape = (rows, config.kv_heads, capacity, config.head_dim)
-    return [(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(config.layers)]
+def fresh(config: ModelConfig, platform: str, dtype: str, rows: int, capacity: int) -> Caches:
+    """Empty caches, for devices of this platform."""
+    keys, values = cache_shapes(platform, rows, config.kv_heads, capacity, config.head_dim)
+    return [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(config.layers)]
 
 
-def grow(capacity: int, caches: Caches) -> Caches:
-    """The same with empty places after them, `capacity` in all."""
-    missing = capacity - caches[0][0].shape[2]
-    return jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, missing), (0, 0))), caches)
+def grow(platform: str, more: int, caches: Caches) -> Caches:
+    """The same with `more` empty places after them."""
+    # Shapes of nothing but the places: how much longer each axis gets.
+    wider = [[(0, n) for n in axes] for axes in cache_shapes(platform, 0, 0, more, 0)]
+    return [(jnp.pad(keys, wider[0]), jnp.pad(values, wider[1])) for keys, values in caches]
 
 
 # To copy or swap rows takes both of these, one after the other: in one program XLA on CPU would

@@ -243,7 +243,7 @@ class Engine:
 
     @property
     def _capacity(self) -> int:
-        return self._batch[0][0].shape[2] if self._batch else 0
+        return self._batch[0][1].shape[2] if self._batch else 0
 
     def _start(self, slot: int, prompt: list[int], key: np.ndarray) -> None:
         self.tokens[slot] = prompt

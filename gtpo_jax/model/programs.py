@@ -24,13 +24,14 @@ def compiled(config: ModelConfig, dtype: str, mesh: Mesh, name: str, *shape) -> 
     and caches lie on `mesh` by heads, all else is on each of its devices.
     """
     layout = Layout(mesh)
+    fresh = functools.partial(caches.fresh, config, layout.platform, dtype)
     copied, by_heads = NamedSharding(mesh, P()), NamedSharding(mesh, P(None, "tensor"))
 
     def ints(*shape, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=copied)
 
     def empty(rows, capacity):
-        made = jax.eval_shape(lambda: caches.fresh(config, dtype, rows, capacity))
+        made = jax.eval_shape(lambda: fresh(rows, capacity))
         return jax.tree.map(lambda x: x.update(sharding=by_heads), made)
 
     def weights():
@@ -42,10 +43,10 @@ def compiled(config: ModelConfig, dtype: str, mesh: Mesh, name: str, *shape) -> 
     outs = by_heads
     match name, *shape:
         case "fresh", rows, capacity:
-            made = functools.partial(caches.fresh, config, dtype, rows, capacity)
+            made = functools.partial(fresh, rows, capacity)
             donated, shapes = (), ()
         case "grow", rows, before, after:
-            made = functools.partial(caches.grow, after)
+            made = functools.partial(caches.grow, layout.platform, after - before)
             donated, shapes = (), (empty(rows, before),)
         case "take", rows, capacity:
             made = caches.take_rows

@@ -13,12 +13,13 @@ from gtpo_jax.model.attention import (
     FLAT,
     PACKED,
     Cache,
+    cache_shapes,
     cached_attention,
     flat_kernel,
     packed_attention,
     packed_kernel,
 )
-from gtpo_jax.model.kernels import attend_paged, attend_triton, attend_xla
+from gtpo_jax.model.kernels import attend_paged, attend_triton, attend_turned, attend_xla
 
 RNG = np.random.default_rng(0)
 # Each row: lengths of its segments; the rest is padding.
@@ -167,7 +168,10 @@ def test_which_kernel_attends():
     assert [packed_kernel("gpu", full, one) for one in (False, True)] == ["xla", "xla"]
     assert {packed_kernel("tpu", d, one) for d in (half, full) for one in (0, 1)} == {"splash"}
     assert {packed_kernel("cpu", d, one) for d in (half, full) for one in (0, 1)} == {"xla"}
-    assert flat_kernel("tpu", jax.ShapeDtypeStruct((2, 1, 256, 128), half)) == "paged"
+    cache = jax.ShapeDtypeStruct((2, 1, 256, 128), half)
+    assert [flat_kernel("tpu", cache, length) for length in (1, 2)] == ["paged", "xla"]
+    assert [flat_kernel("gpu", cache, length) for length in (1, 2)] == ["xla", "xla"]
+    assert [flat_kernel("cpu", cache, length) for length in (1, 2)] == ["turned", "turned"]
     for shape, dtype in (((256, 64), half), ((200, 128), half), ((256, 128), full)):
         assert flat_kernel("tpu", jax.ShapeDtypeStruct(shape, dtype)) == "xla"
 
@@ -182,12 +186,16 @@ def reference(q, k, v, counts):
     return out
 
 
+def turned(q, k, v, counts):
+    return attend_turned(q, jnp.swapaxes(k, 1, 2), v, counts)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("size", [64, 192, 512])
 @pytest.mark.parametrize(
     "attend",
-    [attend_xla, functools.partial(attend_triton, interpret=True)],
-    ids=["xla", "triton"],
+    [attend_xla, turned, functools.partial(attend_triton, interpret=True)],
+    ids=["xla", "turned", "triton"],
 )
 def test_one_token_sees_what_is_written(attend, size, jit):
     q, k, v = (RNG.normal(size=(5, n, 16)) for n in (3, size, size))
@@ -223,20 +231,47 @@ def test_one_token_sees_what_is_written_in_pages(size, groups):
     np.testing.assert_allclose(np.asarray(out, np.float64), expected, atol=0.01, rtol=0.01)
 
 
-def test_many_tokens_see_each_its_own_past():
+@pytest.mark.parametrize("attend", [attend_xla, turned])
+def test_many_tokens_see_each_its_own_past(attend):
     q, k, v = (RNG.normal(size=(4, n, 8)) for n in (6, 20, 20))
     counts = np.sort(RNG.integers(1, 21, (4, 6)), axis=1)
-    out = attend_xla(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(counts))
+    out = attend(*(jnp.asarray(x, jnp.float32) for x in (q, k, v)), jnp.asarray(counts))
     np.testing.assert_allclose(out, reference(q, k, v, counts), atol=2e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_a_cache_is_written_and_read_as_its_platform_has_it(platform):
+    """Three tokens into two slots of a cache that others are in, then one more into one."""
+    past = RNG.normal(size=(4, 2, 16, 8))
+    keys = np.swapaxes(past, 2, 3) if platform == "cpu" else past
+    shapes = cache_shapes(platform, 4, 2, 16, 8)
+    assert (keys.shape, past.shape) == shapes
+    cache = Cache(jnp.asarray(keys), jnp.asarray(past), jnp.array([2, 0]))
+    q, k, v = (RNG.normal(size=(2, 3, n, 8)) for n in (6, 2, 2))
+    positions = np.array([[4, 5, 6], [0, 1, 99]])  # the last is padding
+    arrays = (jnp.asarray(x, jnp.float32) for x in (q, k, v))
+    out, new = cached_attention(*arrays, jnp.asarray(positions), cache, platform)
+    expected_k, expected_v = past.copy(), past.copy()
+    for row, slot in enumerate([2, 0]):
+        for i, at in enumerate(positions[row]):
+            if at < 16:
+                expected_k[slot, :, at], expected_v[slot, :, at] = k[row, i], v[row, i]
+                for head in range(6):
+                    seen = (x[slot, head // 3, None] for x in (expected_k, expected_v))
+                    one = reference(q[row, None, i, head, None], *seen, np.array([[at + 1]]))
+                    np.testing.assert_allclose(out[row, i, head], one[0, 0], atol=2e-5)
+    new_keys = np.swapaxes(new.keys, 2, 3) if platform == "cpu" else new.keys
+    np.testing.assert_allclose(new_keys, expected_k, atol=1e-6)
+    np.testing.assert_allclose(new.values, expected_v, atol=1e-6)
 
 
 def test_a_token_that_is_not_written_counts_no_further_than_the_cache(monkeypatch):
     """Kernels that read only what is seen must not be told to read beyond."""
     seen = []
-    monkeypatch.setitem(FLAT, "xla", lambda q, k, v, counts: seen.append(counts) or q)
+    monkeypatch.setitem(FLAT, "turned", lambda q, k, v, counts: seen.append(counts) or q)
     one = jnp.ones((3, 1, 2, 4))
-    cache = Cache(jnp.zeros((3, 2, 16, 4)), jnp.zeros((3, 2, 16, 4)))
-    cached_attention(one, one, one, jnp.array([[0], [15], [99]]), cache)
+    cache = Cache(*(jnp.zeros(shape) for shape in cache_shapes("cpu", 3, 2, 16, 4)))
+    cached_attention(one, one, one, jnp.array([[0], [15], [99]]), cache, "cpu")
     np.testing.assert_array_equal(seen[0][:, 0], [1, 1, 16, 16, 16, 16])
 
 
