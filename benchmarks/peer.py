@@ -5,7 +5,10 @@ of their micro-batch on the right, where causal attention needs no mask (so that
 its fused kernel); logits of the sampled tokens alone; fused AdamW.
 """
 
+import multiprocessing
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import torch
@@ -24,6 +27,7 @@ class Peer:
     def __init__(
         self, config: ModelConfig, params: Params, lr: float, micro_tokens: int
     ) -> None:
+        """params: NumPy arrays."""
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.dtype = getattr(torch, config.dtype)
         self.micro_tokens = micro_tokens
@@ -32,8 +36,9 @@ class Peer:
             self.model.parameters(), lr, (0.9, 0.95), weight_decay=0.0, fused=True
         )
 
-    def take(self, batch: Batch) -> None:
-        """Unpack rows to sequences, then batch them by length, `micro_tokens` at a time."""
+    def take(self, batch: Batch) -> int:
+        """Unpack rows to sequences, then batch them by length, `micro_tokens` at a time; the
+        number of tokens with padding."""
         names = ("tokens", "turn_ids", "advantages", "weights", "old_logprobs")
         segments = [
             {name: np.asarray(getattr(batch, name)[row][ids == segment]) for name in names}
@@ -47,7 +52,7 @@ class Peer:
                 groups.append([])
             groups[-1].append(segment)
         self.micros = [self._padded(group) for group in groups]
-        self.computed = sum(micro["tokens"].numel() for micro in self.micros)
+        return sum(micro["tokens"].numel() for micro in self.micros)
 
     def _padded(self, group: list[dict]) -> dict[str, torch.Tensor]:
         longest = len(group[0]["tokens"])
@@ -95,6 +100,26 @@ class Peer:
         ratio = torch.exp(logprobs - old)
         surrogate = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
         return -(weights * surrogate).sum()
+
+
+def beside(*arguments) -> tuple[Callable[[Batch], int], Callable[[], tuple[float, float]]]:
+    """`take` and `run` of Peer(*arguments) in a process of its own: in one, each would slow the
+    other's memory down."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, arguments)
+    return lambda batch: pool.submit(_take, batch).result(), lambda: pool.submit(_run).result()
+
+
+def _begin(*arguments) -> None:
+    global _peer
+    _peer = Peer(*arguments)
+
+
+def _take(batch: Batch) -> int:
+    return _peer.take(batch)
+
+
+def _run() -> tuple[float, float]:
+    return _peer.run()
 
 
 def hugging_face(config: ModelConfig) -> transformers.PreTrainedModel:

@@ -13,9 +13,10 @@ Model FLOPs are 6 for every weight of a matrix, the head's too, and every token,
 attention's, each trajectory for itself (model/flops.py). What is computed a second time in the
 backward pass earns no credit.
 
-`--peer` does the same update in PyTorch (extra `parity`), alternating: the `transformers` model
-with the same weights, tokens and loss, `benchmarks.peer`; "peer_grad_norm" is of its first
-gradient.
+`--peer` does the same update in PyTorch (extra `parity`), alternating, in a process of its own:
+the `transformers` model with the same weights, tokens and loss, `benchmarks.peer`;
+"peer_grad_norm" is of its first gradient. Its micro-batches are as large as ours, or of
+`--peer_tokens`, if that is faster.
 """
 
 import json
@@ -115,6 +116,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--lr", type=float, default=1e-6)
     parser.add_argument("--peer", action="store_true")
+    parser.add_argument(
+        "--peer_tokens", type=int, default=0, help="of its micro-batch; 0: as many as ours"
+    )
     options = parser.parse_args()
     if options.row_tokens < SHORTEST:
         raise InputError(f"--row_tokens={options.row_tokens} must be {SHORTEST} or more")
@@ -138,9 +142,11 @@ def main() -> None:
     batch = pack(made, advantages, options.row_tokens, rows_multiple=options.micro_rows)
     peer = None
     if options.peer:  # takes its copy of the weights before ours are given away
-        from benchmarks.peer import Peer
+        from benchmarks.peer import beside
 
-        peer = Peer(config, params, options.lr, options.micro_rows * options.row_tokens)
+        options.peer_tokens = options.peer_tokens or options.micro_rows * options.row_tokens
+        weights = jax.device_get(params)
+        take, peer = beside(config, weights, options.lr, options.peer_tokens)
     began = time.perf_counter()
     run, batch = ours(
         config, params, batch, options.lr, options.micro_rows, options.logprob_chunk
@@ -150,12 +156,12 @@ def main() -> None:
     peak, whose = peak_bytes()
     seconds, other = [], []
     if peer:
-        peer.take(batch)
-        _, peer_norm = peer.run()
+        peer_computed = take(batch)
+        _, peer_norm = peer()
     for _ in range(options.rounds):
         seconds.append(run()[0])
         if peer:
-            other.append(peer.run()[0])
+            other.append(peer()[0])
     middle = statistics.median(seconds)
     tokens = sum(t.length() for t in made)
     per_s = flops.update(config, [t.length() for t in made]) / middle
@@ -182,7 +188,7 @@ def main() -> None:
         report |= {
             "peer_tokens_per_s": round(tokens / statistics.median(other), 1),
             "times_the_peer": round(statistics.median(other) / middle, 2),
-            "peer_padding_share": round(1 - tokens / peer.computed, 3),
+            "peer_padding_share": round(1 - tokens / peer_computed, 3),
             "peer_grad_norm": round(peer_norm, 6),
         }
     report |= {"device": device, "devices": len(jax.devices()), "jax": jax.__version__}

@@ -45,7 +45,7 @@ def get_config(argument: str | None = None):
     config.learn.minibatches = 1 if small else 4
     config.learn.row_tokens = 640 if small else 1024
     config.learn.micro_rows = 1 if small else 16
-    config.learn.logprob_chunk = 256 if small else 1024
+    config.learn.logprob_chunk = 192 if small else 1024
 
     config.sft.epochs = 0 if small else 3
     config.sft.steps = 20

@@ -25,7 +25,8 @@ import dataclasses
 import itertools
 import pickle
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -39,6 +40,7 @@ from gtpo_jax.errors import InputError
 MAPPINGS = ("mesh", "pmap")
 AXES = ("data", "fsdp", "tensor")
 ROWS = ("data", "fsdp")
+AT_ONCE = 2  # micro-batches on a CPU; each holds its activations
 
 # How a weight is cut: the end of its path -> the axis that cuts each of its last dimensions.
 # The first that fits counts. An optimiser's moments end alike; what has no dimension is copied.
@@ -200,6 +202,19 @@ class Parallel:
     def _split(self, params, frozen, batch):
         split = jax.tree.map(lambda x: x.reshape(self.sharers, -1, *x.shape[1:]), batch)
         return params, frozen, split
+
+    def each(self, fn: Callable[[Any], Any], parts: Sequence[Any]) -> Iterator[Any]:
+        """fn(part) for every part, in order: programs of a thread run one after another.
+
+        On a single CPU two threads ask, AT_ONCE parts are under way: one program leaves cores
+        idle, where its products are small. Not on several devices, whose collectives have to
+        meet in one order, nor on an accelerator, which one program fills.
+        """
+        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
+            yield from map(fn, parts)
+            return
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            yield from pool.map(lambda part: jax.block_until_ready(fn(part)), parts)
 
     # ---- the engines of this host ----------------------------------------------------------
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -183,6 +184,27 @@ def test_a_vocabulary_that_does_not_divide_is_refused_by_name():
 def test_shares_are_even_and_keep_their_order():
     assert parallel.shares([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4, 5]]
     assert parallel.shares([1], 3) == [[], [], [1]]
+
+
+def test_on_a_cpu_two_parts_are_under_way_at_once_and_come_in_order():
+    both = threading.Barrier(2, timeout=60)  # broken, and so an error, where one waits alone
+
+    def meet(part):
+        both.wait()
+        return part * part
+
+    assert list(parallel.make("mesh", 1).each(meet, range(4))) == [0, 1, 4, 9]
+
+
+def test_an_error_in_one_part_is_raised():
+    with pytest.raises(ZeroDivisionError):
+        list(parallel.make("mesh", 1).each(lambda part: 1 // part, [1, 0, 1]))
+
+
+def test_on_several_devices_one_thread_asks_for_every_part():
+    devices = parallel.make("mesh", 8, among=jax.devices()[:1] * 8)
+    asked = list(devices.each(lambda part: threading.current_thread(), range(3)))
+    assert asked == [threading.main_thread()] * 3
 
 
 ENGINES = """

@@ -162,13 +162,11 @@ def build(
         return [devices.rows(Batch(*(x[i : i + micro_rows] for x in batch))) for i in cuts]
 
     def score(params: Params, frozen: Params, micros: Sequence[Batch]) -> list[jax.Array]:
-        return [score_of(params, frozen, micro) for micro in micros]
+        return list(devices.each(lambda micro: score_of(params, frozen, micro), micros))
 
     def step(state: TrainState, micros: Sequence[Batch]):
-        total: Any = None
-        for micro in micros:
-            part = gradients_of(state.params, state.frozen, micro)
-            total = part if total is None else add(total, part)
+        parts = devices.each(lambda m: gradients_of(state.params, state.frozen, m), micros)
+        total = functools.reduce(add, parts)
         grads, sums, maxima = total
         state, norms = apply(state, grads, sums["loss"])
         loss_sum, tokens = sums.pop("loss"), sums.pop("tokens")

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from gtpo_jax import parallel
+from gtpo_jax.metrics import CompileCounter
 from gtpo_jax.model import transformer
 from gtpo_jax.model.config import REMAT, ModelConfig
 from gtpo_jax.rl.losses import ppo_clip
@@ -76,6 +77,20 @@ def test_the_largest_ratio_is_over_all_micro_batches():
     assert micros[2].turn_ids[0, 8] == 0
     _, metrics = update.step(state, micros)
     assert float(metrics["ratio_max"]) == pytest.approx(7.0, rel=1e-4)
+
+
+def test_micro_batches_at_once_share_one_program_and_give_the_same_bits_every_time():
+    update, state = made(micro_rows=1)
+    micros = update.rows(batch(count=8))
+    compiles = CompileCounter()
+    update.score(state.params, state.frozen, micros)
+    assert len(micros) > 2 and compiles.take() == 1
+    micros, ends = scored(update, state, batch(count=8)), []
+    for _ in range(4):
+        _, state = made(micro_rows=1)
+        ends.append(jax.device_get(update.step(state, micros)))
+    for end in ends[1:]:
+        jax.tree.map(np.testing.assert_array_equal, ends[0], end)
 
 
 @pytest.mark.parametrize("unroll", [1, 2])
