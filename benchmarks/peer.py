@@ -103,8 +103,7 @@ class Peer:
 
 
 def beside(*arguments) -> tuple[Callable[[Batch], int], Callable[[], tuple[float, float]]]:
-    """`take` and `run` of Peer(*arguments) in a process of its own: in one, each would slow the
-    other's memory down."""
+    """`take` and `run` of Peer(*arguments), in a process with memory and threads of its own."""
     pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _begin, arguments)
     return lambda batch: pool.submit(_take, batch).result(), lambda: pool.submit(_run).result()
 

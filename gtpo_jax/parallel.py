@@ -204,11 +204,12 @@ class Parallel:
         return params, frozen, split
 
     def each(self, fn: Callable[[Any], Any], parts: Sequence[Any]) -> Iterator[Any]:
-        """fn(part) for every part, in order: programs of a thread run one after another.
+        """fn(part) for every part, in order.
 
-        On a single CPU two threads ask, AT_ONCE parts are under way: one program leaves cores
-        idle, where its products are small. Not on several devices, whose collectives have to
-        meet in one order, nor on an accelerator, which one program fills.
+        The programs that one thread starts run one after another, and one alone leaves cores
+        idle where its products are small. So on a CPU AT_ONCE threads start them. Not on
+        several devices, whose collectives have to meet in one order, nor on an accelerator,
+        which one program fills.
         """
         if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
             yield from map(fn, parts)
