@@ -126,6 +126,8 @@ def main() -> None:
         raise InputError(f"--lora with --model={options.model}: one of {', '.join(SHAPES)}")
     if options.lora and options.peer:
         raise InputError("--lora: the peer trains all weights")
+    if options.peer_tokens and not options.peer:
+        raise InputError(f"--peer_tokens={options.peer_tokens} needs --peer")
     config, params = load(
         options.model,
         dtype=options.dtype,
@@ -145,7 +147,7 @@ def main() -> None:
         from benchmarks.peer import beside
 
         options.peer_tokens = options.peer_tokens or options.micro_rows * options.row_tokens
-        weights = jax.device_get(params)
+        weights = jax.tree.map(np.array, params)
         take, peer = beside(config, weights, options.lr, options.peer_tokens)
     began = time.perf_counter()
     run, batch = ours(

@@ -211,7 +211,7 @@ class Parallel:
         several devices, whose collectives have to meet in one order, nor on an accelerator,
         which one program fills.
         """
-        if self.mesh.size > 1 or self.mesh.devices.flat[0].platform != "cpu":
+        if self.mesh.size > 1 or Layout(self.mesh).platform != "cpu":
             yield from map(fn, parts)
             return
         with ThreadPoolExecutor(AT_ONCE) as pool:

@@ -166,8 +166,7 @@ def build(
 
     def step(state: TrainState, micros: Sequence[Batch]):
         parts = devices.each(lambda m: gradients_of(state.params, state.frozen, m), micros)
-        total = functools.reduce(add, parts)
-        grads, sums, maxima = total
+        grads, sums, maxima = functools.reduce(add, parts)
         state, norms = apply(state, grads, sums["loss"])
         loss_sum, tokens = sums.pop("loss"), sums.pop("tokens")
         means = {name: value / jnp.maximum(tokens, 1.0) for name, value in sums.items()}
